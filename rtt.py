@@ -1,0 +1,1270 @@
+# SPDX-License-Identifier: MIT
+"""Rubrics to Tokens: reinforcement learning from rubrics with token-level credit, in one file.
+
+A prompt comes with several rubrics (criteria). A reward for the whole response says how many were met, not where.
+RTT (Rubrics to Tokens, arXiv:2604.02795) asks a small discriminator which tokens are responsible for each verdict,
+and adds a token-level advantage to GRPO's response-level one. TGC (Token Gradient Cancellation, arXiv:2604.13088)
+asks of any such objective that tokens which all responses of a group share be left alone, and repairs the weights
+where they are not. Both speak of one tensor: the effective coefficient of each token's gradient.
+
+    prompts, rubrics (1)
+          | sample G responses to each (2)
+          v
+    ids [N, T] --- verify (3) ---> verdicts [N, K] ---> rewards R [N] ---> A [G] ----------.
+          |                           | evidence [N, K, T]                                 |
+          '----> discriminator (4) <--'                                                    v
+                      '----> relevance w [N, K, T] ---> token advantage a [G, T] (5) --> A + alpha * a
+                                                                                           | advantage [N, T]
+    policy <--- update (7) <--- coefficient c = advantage * weight [N, T] <----------------'
+                                        weight: ratio, clipped, made exchangeable (6)
+
+    symbol           shape       name in the code     meaning
+    G, N, K, T                                        responses a prompt; prompts * G; rubrics; response tokens
+    s                [N, K]      verdicts             +1 satisfied, -1 violated, 0 the prompt has fewer rubrics
+    w                [N, K, T]   relevance            in [0, 1]: is the token responsible for the verdict?
+    R                [N]         rewards              "aon": all satisfied or nothing; "csr": share satisfied
+    A                [G]         response_advantage   (R - mean) / std over the group
+    r = s * w        [G, K, T]   reward               the three-dimensional reward space: response, rubric, token
+    a                [G, T]      token_advantage      r normalised over a partition of that space, mean over rubrics
+    rho, s_i         [N,T] [N]   ratio                new over old probability: per token; per response
+    c                [N, T]      coef                 what multiplies the gradient of each token's log-probability
+
+Run it:
+
+    python rtt.py                                   the embedded default: minutes on a laptop's CPU, no download
+    python rtt.py --model Qwen/Qwen2.5-0.5B-Instruct --data my/folder --lr 1e-6 --discriminator-lr 1e-5
+    python rtt.py --help
+
+What is simplified, and where this differs from the papers:
+  - Rubrics are verified by rule (IFEval). RTT also has rubrics that only a model can judge.
+  - The discriminator learns online from the verifiers' evidence. RTT trains it before RL on labelled data.
+  - `token_advantage` divides by std + 0.1 (see there), and `partition="verdict"` is an addition: it is what TGC's
+    cancellation condition asks of RTT's token channel.
+  - english_lowercase looks at letters only; IFEval also asks a language detector. Keywords are literal text;
+    IFEval treats them as regular expressions. Sentences are counted by a rule, not by a trained splitter.
+  - One process, one device. The optimiser is AdamW with a constant learning rate.
+"""
+
+import argparse
+import copy
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import DynamicCache
+
+HERE = Path(__file__).resolve().parent
+
+
+class BadInput(ValueError):
+    """What the user gave is wrong. The message is one line: what is wrong, where, and what is allowed."""
+
+
+# ==================================================================================================
+# 1. Rubrics: tasks, verdicts, evidence
+#
+# In: a data file; later a response.  Out: tasks (a prompt with its rubrics); later, for each rubric,
+# a verdict and its *evidence*, the characters of the response that are responsible for the verdict.
+# The verdict becomes the reward (section 3).  The evidence is what the token discriminator learns to
+# find (section 4).  The data schema and the verdicts are IFEval's (arXiv:2311.07911), strict.
+#
+# Evidence is the smallest set of characters whose change would flip the verdict: the comma, the
+# keyword that is there, the bullets that are counted.  A verdict that rests on no character (a
+# forbidden word that is absent, a keyword that is missing) has none.  A verdict that rests on the
+# response ending where it does has the empty span (len, len): it stands for the end token.
+# ==================================================================================================
+
+Span = tuple[int, int]  # [start, end) in characters of the response
+
+
+class Verdict(NamedTuple):
+    satisfied: bool
+    evidence: list[Span]
+
+
+@dataclass(frozen=True)
+class Rubric:
+    id: str  # IFEval's instruction id, for example "keywords:existence"
+    kwargs: dict  # its arguments, for example {"keywords": ["lamp"]}
+    criterion: str  # the rubric in words: what the discriminator reads
+
+
+@dataclass(frozen=True)
+class Task:
+    prompt: str
+    rubrics: list[Rubric]
+
+
+class Verifier(NamedTuple):
+    check: Callable  # (text, **kwargs) -> (satisfied, evidence)
+    criterion: str  # the rubric in words, a template over the kwargs
+    kwargs: tuple[str, ...]  # the names of the kwargs, read off check's signature
+
+
+VERIFIERS: dict[str, Verifier] = {}
+
+
+def verifier(rubric_id, criterion):
+    """Register the decorated function (text, **kwargs) -> (satisfied, evidence) for `rubric_id`."""
+
+    def register(check):
+        names = tuple(inspect.signature(check).parameters)[1:]
+        VERIFIERS[rubric_id] = Verifier(check, criterion, names)
+        return check
+
+    return register
+
+
+def verify(rubric, response, prompt=""):
+    """Verdict and evidence of one rubric on one response, as IFEval's strict verifiers see it.
+
+    An empty response satisfies nothing. `prompt` is there for rubrics that refer to it.
+    """
+    if not response.strip():
+        return Verdict(False, end_of(response))
+    entry = VERIFIERS[rubric.id]
+    satisfied, evidence = entry.check(response, **{name: rubric.kwargs[name] for name in entry.kwargs})
+    return Verdict(bool(satisfied), sorted(evidence))
+
+
+def end_of(text):
+    """The evidence of a verdict that rests on the response ending where it does."""
+    return [(len(text), len(text))]
+
+
+def spans(pattern, text, group=0, flags=re.IGNORECASE | re.MULTILINE):
+    """Where the regular expression (or one group of it) matches: a list of spans."""
+    return [match.span(group) for match in re.finditer(pattern, text, flags)]
+
+
+def count_verdict(found, relation, bound, absence):
+    """The verdict on "at least / less than `bound` things", given the spans of the things found.
+
+    "At least" rests on all that were found; "less than" is violated by the surplus; and where there
+    are fewer than the bound, the verdict rests on there being no more of them: `absence`.
+    """
+    enough = len(found) >= bound
+    if relation == "at least":
+        return enough, found if enough else absence
+    return not enough, found[bound - 1 :] if enough else absence
+
+
+@verifier("keywords:existence", "use the word {keywords}")
+def keywords_existence(text, keywords):
+    """Every keyword occurs, in any case, also inside a longer word."""
+    found = [spans(re.escape(word), text) for word in keywords]
+    return all(found), sum(found, []) if all(found) else []
+
+
+@verifier("keywords:forbidden_words", "do not use the word {forbidden_words}")
+def keywords_forbidden_words(text, forbidden_words):
+    """No forbidden word occurs as a whole word."""
+    found = sum((spans(rf"\b{re.escape(word)}\b", text) for word in forbidden_words), [])
+    return not found, found
+
+
+@verifier("keywords:frequency", "use the word {keyword} {relation} {frequency} times")
+def keywords_frequency(text, keyword, frequency, relation):
+    """The keyword occurs at least / less than `frequency` times."""
+    return count_verdict(spans(re.escape(keyword), text), relation, frequency, absence=[])
+
+
+# A run of . ! ? before white space or the end; a single dot after an abbreviation or initial is none.
+SENTENCE_END = (
+    r"(?<!\b(?:Mr|Ms|Dr|St|vs))(?<!\b(?:Mrs|etc))(?<!\b[A-Z])(?<!\b[a-z]\.[a-z])"
+    r"[.!?]+(?=[\"'”’)\]*]*(?:\s|$))"
+)
+
+
+@verifier("length_constraints:number_sentences", "write {relation} {num_sentences} sentences")
+def number_sentences(text, num_sentences, relation):
+    """At least / less than so many sentences; a last one without a full stop counts."""
+    found = spans(SENTENCE_END, text, flags=0)
+    if re.search(r"\w", text[found[-1][1] if found else 0 :]):
+        found += end_of(text)
+    return count_verdict(found, relation, num_sentences, absence=end_of(text))
+
+
+@verifier("length_constraints:number_words", "write {relation} {num_words} words")
+def number_words(text, num_words, relation):
+    """At least / less than so many words, each a run of letters, digits and underscores."""
+    enough = len(re.findall(r"\w+", text)) >= num_words
+    return enough == (relation == "at least"), end_of(text)
+
+
+@verifier("punctuation:no_comma", "do not use commas")
+def no_comma(text):
+    """There is no comma."""
+    found = spans(",", text)
+    return not found, found
+
+
+@verifier("startend:end_checker", "end with the words {end_phrase}")
+def end_checker(text, end_phrase):
+    """The response ends with the phrase, in any case, white space and outer quotes aside."""
+    body, phrase = text.strip().strip('"'), end_phrase.strip()
+    if not body.lower().endswith(phrase.lower()):
+        return False, end_of(text)
+    end = text.rindex(body) + len(body)
+    return True, [(end - len(phrase), end)]
+
+
+@verifier("startend:quotation", "wrap everything in double quotation marks")
+def quotation(text):
+    """The first and the last character are double quotation marks."""
+    first, last = len(text) - len(text.lstrip()), len(text.rstrip()) - 1
+    opened, closed = text[first] == '"', text[last] == '"' and last > first
+    if opened and closed:
+        return True, [(first, first + 1), (last, last + 1)]
+    return False, ([] if opened else [(first, first + 1)]) + ([] if closed else end_of(text))
+
+
+@verifier("change_case:english_lowercase", "write in lowercase letters only")
+def english_lowercase(text):
+    """There are letters, and no capital among them."""
+    return text.islower(), [(i, i + 1) for i, char in enumerate(text) if char != char.lower()]
+
+
+@verifier("detectable_content:postscript", "add a postscript that starts with {postscript_marker}")
+def postscript(text, postscript_marker):
+    """The postscript's marker occurs, in any case."""
+    marker = postscript_marker.strip()
+    pattern = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}.get(marker, re.escape(marker))
+    found = spans(pattern, text)
+    return bool(found), found
+
+
+@verifier("detectable_format:title", "give it a title in double angular brackets")
+def title(text):
+    """There is a title such as <<The Lamp>>, on one line and not empty."""
+    found = [(a, b) for a, b in spans(r"<<[^\n]+>>", text) if text[a:b].lstrip("<").rstrip(">").strip()]
+    return bool(found), found
+
+
+@verifier("detectable_format:number_bullet_lists", "write exactly {num_bullets} bullet points")
+def number_bullet_lists(text, num_bullets):
+    """Exactly so many lines begin with * or -; the evidence is those marks, or the surplus ones."""
+    found = sorted(spans(r"^[^\S\n]*(\*)[^*].*$", text, 1) + spans(r"^[^\S\n]*(-).*$", text, 1))
+    if len(found) < num_bullets:
+        return False, []
+    return len(found) == num_bullets, found[num_bullets:] or found
+
+
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+# What each argument may be. IFEval uses a name for the same thing in all its instructions.
+KWARG_RULES = {
+    **dict.fromkeys(
+        ("keywords", "forbidden_words"),
+        ("a list of words", lambda v: isinstance(v, list) and bool(v) and all(map(is_text, v))),
+    ),
+    **dict.fromkeys(("keyword", "end_phrase", "postscript_marker"), ("a text that is not empty", is_text)),
+    **dict.fromkeys(
+        ("frequency", "num_sentences", "num_words", "num_bullets"),
+        ("a whole number of at least 1", lambda v: type(v) is int and v >= 1),
+    ),
+    "relation": ('"at least" or "less than"', lambda v: v in ("at least", "less than")),
+}
+
+
+def make_rubric(rubric_id, kwargs):
+    """A checked Rubric; kwargs that are null or belong to another instruction are left out.
+
+    Raises BadInput for an unknown id and for missing or wrong kwargs.
+    """
+    if rubric_id not in VERIFIERS:
+        raise BadInput(f"unknown instruction id {rubric_id!r}; known are: {', '.join(sorted(VERIFIERS))}")
+    if not isinstance(kwargs, dict):
+        raise BadInput(f"{rubric_id}: kwargs must be an object, not {json.dumps(kwargs)}")
+    entry, given = VERIFIERS[rubric_id], {k: v for k, v in kwargs.items() if v is not None}
+    for name in entry.kwargs:
+        allowed, rule = KWARG_RULES[name]
+        if name not in given:
+            raise BadInput(f"{rubric_id}: kwargs lack {name!r}, {allowed}")
+        if not rule(given[name]):
+            raise BadInput(f"{rubric_id}: {name!r} must be {allowed}, not {json.dumps(given[name])}")
+    kept = {name: given[name] for name in entry.kwargs}
+    words = {k: ", ".join(v) if isinstance(v, list) else v for k, v in kept.items()}
+    return Rubric(rubric_id, kept, entry.criterion.format(**words))
+
+
+def make_task(row):
+    """A checked Task from one row of data. Raises BadInput."""
+    if not isinstance(row, dict):
+        raise BadInput("must be a JSON object")
+    for name, kind in (("prompt", str), ("instruction_id_list", list), ("kwargs", list)):
+        if not isinstance(row.get(name), kind) or not row[name]:
+            raise BadInput(f"{name!r} must be a {kind.__name__} that is not empty")
+    ids, kwargs = row["instruction_id_list"], row["kwargs"]
+    if len(ids) != len(kwargs):
+        raise BadInput(f"{len(ids)} instruction ids but {len(kwargs)} kwargs; must be one for one")
+    return Task(row["prompt"], [make_rubric(i, k) for i, k in zip(ids, kwargs)])
+
+
+def load_tasks(path_or_hub_id, split="train"):
+    """The tasks of a .jsonl file, of `split`.jsonl in a folder, or of a data set of that name on the hub.
+
+    One JSON object a line, with IFEval's fields `prompt`, `instruction_id_list` and `kwargs`.
+    Raises BadInput, naming file and line, for the first row that is wrong, and for an empty set.
+    """
+    path = Path(path_or_hub_id)
+    path = path / f"{split}.jsonl" if path.is_dir() else path
+    if path.is_file():
+        lines = [(f"{path}:{n}", line) for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
+    else:
+        lines = [(f"{path_or_hub_id}[{n}]", row) for n, row in enumerate(hub_rows(str(path_or_hub_id), split))]
+    tasks = []
+    for where, line in lines:
+        try:
+            tasks.append(make_task(json.loads(line) if isinstance(line, bytes) else line))
+        except (BadInput, json.JSONDecodeError, UnicodeDecodeError) as error:
+            reason = error if isinstance(error, BadInput) else f"not JSON: {error}"
+            raise BadInput(f"{where}: {reason}") from None
+    if not tasks:
+        raise BadInput(f"{path}: holds no prompt; at least one line is needed")
+    return tasks
+
+
+def hub_rows(name, split):
+    """The rows of a data set on the hub. Raises BadInput where it cannot be had."""
+    import datasets  # slow to import, and local files do not need it
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith((".jsonl", ".json")):
+        raise BadInput(f"{name}: no such file; --data takes a .jsonl file, a folder or the name of a hub data set")
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
+        raise BadInput(f"{name}: neither a local file nor to be had from the hub ({error})".splitlines()[0]) from None
+
+
+# ==================================================================================================
+# 2. Rollouts: sampling, and scoring what was sampled
+#
+# In: P prompts as token ids.  Out: G responses to each, N = P*G rows, with the log-probability of every
+# sampled token.  Temperature is the only knob: any other (top-k, top-p, a repetition penalty from the
+# model's generation_config) would make the sampled distribution another than the one that is scored,
+# and the ratios of section 7 wrong from the start.  `token_logprobs` scores the same tokens again,
+# with gradients; on the same weights both agree, so the first ratio is 1.
+# ==================================================================================================
+
+
+@dataclass
+class Rollout:
+    prompt_ids: torch.Tensor  # [P, L] left-padded
+    prompt_mask: torch.Tensor  # [P, L] 1 where there is a prompt token
+    ids: torch.Tensor  # [N, T] sampled tokens, the end token among them; right-padded
+    mask: torch.Tensor  # [N, T] 1 where there is a sampled token
+    logprobs: torch.Tensor  # [N, T] float32, of each sampled token when it was sampled
+    entropy: torch.Tensor  # [N, T] float32, in nats, of the distribution that it was sampled from
+    truncated: torch.Tensor  # [N] True where the response hit the length limit before its end token
+
+
+def positions(attention_mask):
+    """[N, L] position ids that count the real tokens, so that left padding moves nothing."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def left_pad(rows, pad_id, device):
+    """Lists of token ids -> ids [P, L], mask [P, L]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+def draw(logits, uniform):
+    """One token a row by inverse CDF: logits [N, V] float32, uniform [N] in [0, 1) -> [N]."""
+    cdf = logits.softmax(-1).cumsum(-1)  # [N, V]
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+    return token.squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None):
+    """Sample `group_size` responses to each prompt.
+
+    prompts: P lists of token ids. end_ids: tokens that end a response (several are fine).
+    seeds: one integer a prompt; a prompt's samples depend on its seed and on nothing else in the batch.
+    Each prompt is prefilled once and its cache is copied to its group. Responses that have ended leave
+    the batch. Returns a Rollout with T = length of the longest response.
+    """
+    model.eval()  # no dropout; section 7 turns training mode on again
+    device = model.device
+    seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
+    shape = (group_size, max_new_tokens)
+    uniform = torch.cat([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+    ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
+
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # [P, L]
+    cache = DynamicCache()
+    inputs = dict(attention_mask=prompt_mask, position_ids=positions(prompt_mask), past_key_values=cache)
+    logits = model(prompt_ids, logits_to_keep=1, **inputs).logits[:, -1]  # [P, V]
+    cache.batch_repeat_interleave(group_size)  # P -> N rows
+    logits = logits.repeat_interleave(group_size, 0)  # [N, V]
+    attention = prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
+    place = attention.sum(1, keepdim=True)  # [N, 1] position of the next token
+
+    N, T = uniform.shape
+    ids = torch.full((N, T), pad_id, device=device)
+    mask = torch.zeros(N, T, dtype=torch.long, device=device)
+    logprobs, entropy = torch.zeros(N, T, device=device), torch.zeros(N, T, device=device)
+    alive = torch.arange(N, device=device)  # rows whose response has not ended
+    for t in range(T):
+        logits = logits.float() / temperature
+        token = draw(logits, uniform[alive, t])  # [alive]
+        logp = logits.log_softmax(-1)  # [alive, V]
+        ids[alive, t], mask[alive, t] = token, 1
+        logprobs[alive, t] = logp.gather(1, token[:, None]).squeeze(1)
+        entropy[alive, t] = -(logp.exp() * logp).sum(-1)
+        going = ~torch.isin(token, ends)
+        if not going.all():
+            alive, token, attention, place = alive[going], token[going], attention[going], place[going]
+            cache.batch_select_indices(going.nonzero().squeeze(1))
+        if not len(alive) or t == T - 1:
+            break
+        attention = F.pad(attention, (0, 1), value=1)  # [alive, L + t + 1]
+        inputs = dict(attention_mask=attention, position_ids=place + t, past_key_values=cache)
+        logits = model(token[:, None], **inputs).logits[:, -1]  # [alive, V]
+    truncated = torch.zeros(N, dtype=torch.bool, device=device)
+    truncated[alive] = True
+    T = int(mask.sum(1).max())
+    return Rollout(prompt_ids, prompt_mask, ids[:, :T], mask[:, :T], logprobs[:, :T], entropy[:, :T], truncated)
+
+
+def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=1.0, group_size=1):
+    """Log-probabilities of the last `num_response_tokens` (T) tokens of each row: [N, T] float32.
+
+    ids, attention_mask: [N, L + T], prompts left-padded to L, responses right-padded to T.
+    group_size: G consecutive rows share their prompt, which is then computed once for all of them
+    (gradients flow back through the shared part). Values at padding are meaningless; mask them.
+    """
+    L = ids.shape[1] - num_response_tokens
+    place = positions(attention_mask)
+    head = dict(attention_mask=attention_mask[::group_size, :L], position_ids=place[::group_size, :L])
+    cache = DynamicCache()
+    first = model(ids[::group_size, :L], past_key_values=cache, use_cache=True, logits_to_keep=1, **head).logits
+    cache.batch_repeat_interleave(group_size)  # N/G -> N rows
+    logits = first.repeat_interleave(group_size, 0)  # [N, 1, V] predicts the first response token
+    if num_response_tokens > 1:
+        tail = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1])
+        rest = model(ids[:, L:-1], past_key_values=cache, use_cache=True, **tail).logits  # [N, T - 1, V]
+        logits = torch.cat([logits, rest], 1)  # [N, T, V]
+    logits = logits.float() / temperature
+    return logits.gather(2, ids[:, L:, None]).squeeze(2) - logits.logsumexp(2)  # [N, T]
+
+
+# ==================================================================================================
+# 3. Verdicts and the response-level reward
+#
+# In: a rollout and its tasks.  Out: verdicts [N, K] in {+1, -1}, the evidence as a relevance [N, K, T], and
+# one reward a response.  Prompts have different numbers of rubrics: K is the largest in the batch, and a
+# verdict of 0 means "no such rubric"; every function that sums over rubrics leaves those out.
+# ==================================================================================================
+
+
+def response_reward(verdicts, kind="aon"):
+    """verdicts [..., K] in {+1, -1}, 0 for no rubric -> rewards [...] float32 in [0, 1] (RTT, section 3).
+
+    "aon", all or nothing: 1 if every rubric is satisfied, else 0.
+    "csr", constraint satisfaction rate: the share of the rubrics that are satisfied.
+    """
+    if kind == "aon":
+        return (verdicts >= 0).all(-1).float()
+    if kind == "csr":
+        return (verdicts > 0).sum(-1) / (verdicts != 0).sum(-1).clamp(min=1)
+    raise ValueError(f"kind must be 'aon' or 'csr', not {kind!r}")
+
+
+def token_spans(tokenizer, responses):
+    """Lists of token ids -> texts, and for each token the span [start, end) of characters that it writes.
+
+    Nothing is encoded again. Where a character is spread over several tokens (byte-level BPE, emoji,
+    Chinese), each of them has the whole character.
+    """
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    pieces = {token: decode([token]) for token in {token for ids in responses for token in ids}}
+    texts, tokens = [decode(ids) for ids in responses], []
+    for ids, text in zip(responses, texts):
+        parts = [pieces[token] for token in ids]
+        if "".join(parts) == text and "\ufffd" not in text:  # every token is whole characters
+            ends = [0, *itertools.accumulate(map(len, parts))]
+            tokens.append(list(zip(ends, ends[1:])))
+            continue
+        row, start = [], 0
+        for t in range(1, len(ids) + 1):
+            prefix = decode(ids[:t])
+            done = max(start, len(os.path.commonprefix([prefix, text])))  # characters complete so far ...
+            row.append((start, min(done + (len(prefix) > done), len(text))))  # ... and one that is begun
+            start = done
+        tokens.append(row)
+    return texts, tokens
+
+
+def evidence_to_tokens(evidence, tokens, text_length):
+    """Spans of characters -> 0.0/1.0 for each token: does the token write one of these characters?
+
+    The empty span at `text_length` means the end token, which alone stands there and writes nothing.
+    """
+    return [
+        float(any((a < end and start < b) or (a == b == start == end == text_length) for a, b in evidence))
+        for start, end in tokens
+    ]
+
+
+def grade(tokenizer, rollout, tasks):
+    """Verify every response of a rollout on every rubric of its prompt.
+
+    Returns texts (N strings), verdicts [N, K] in {+1, -1, 0} and evidence [N, K, T] in {0, 1}.
+    """
+    N, T = rollout.ids.shape
+    G, K = N // len(tasks), max(len(task.rubrics) for task in tasks)
+    ended, lengths = (~rollout.truncated).tolist(), rollout.mask.sum(1).tolist()
+    written = [ids[: n - end] for ids, n, end in zip(rollout.ids.tolist(), lengths, ended)]  # less the end token
+    texts, tokens = token_spans(tokenizer, written)
+    verdicts, evidence = torch.zeros(N, K, dtype=torch.long), torch.zeros(N, K, T)
+    for i, text in enumerate(texts):
+        places = tokens[i] + [(len(text), len(text))] * ended[i]
+        for k, rubric in enumerate(tasks[i // G].rubrics):
+            verdict = verify(rubric, text, tasks[i // G].prompt)
+            verdicts[i, k] = 1 if verdict.satisfied else -1
+            evidence[i, k, : len(places)] = torch.tensor(evidence_to_tokens(verdict.evidence, places, len(text)))
+    return texts, verdicts.to(rollout.ids.device), evidence.to(rollout.ids.device)
+
+
+# ==================================================================================================
+# 4. Relevance: which tokens are responsible for a verdict?  (RTT, the token-level relevance discriminator)
+#
+# In: a criterion and a response.  Out: a relevance in [0, 1] for each response token.  The discriminator
+# is a small language model with a one-label token-classification head.  It reads the criterion, then the
+# response.  It learns from the verifiers' evidence on the policy's own rollouts, a little before RL and
+# one step alongside each RL step; where a rubric has no verifier (a judge's criterion), it generalises.
+# Criterion and response are joined as token ids, so the response's tokens are the policy's own.
+# ==================================================================================================
+
+
+class RelevanceDiscriminator:
+    """criterion + response -> relevance of each response token."""
+
+    def __init__(self, folder, tokenizer, learning_rate, device):
+        """`folder`: any language model with the policy's tokenizer; the default run takes the policy's own."""
+        config = without_dropout(AutoConfig.from_pretrained(folder, num_labels=1, classifier_dropout=0.0))
+        model = AutoModelForTokenClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+        self.model, self.tokenizer = model.to(device), tokenizer
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0)
+
+    def logits(self, criteria, ids, mask):
+        """criteria: M texts; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
+        texts = [f"{criterion}\n" for criterion in criteria]
+        prompt_ids, prompt_mask = left_pad(self.tokenizer(texts, add_special_tokens=False).input_ids, 0, ids.device)
+        attention = torch.cat([prompt_mask, mask], 1)  # [M, C + T]
+        inputs = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
+        logits = self.model(torch.cat([prompt_ids, ids], 1), **inputs).logits  # [M, C + T, 1]
+        return logits[:, -ids.shape[1] :, 0].float()  # [M, T]
+
+    @torch.no_grad()
+    def predict(self, criteria, ids, mask, batch=64):
+        """criteria: a list of at most K texts for each response; ids, mask: [N, T] -> relevance [N, K, T] in [0, 1].
+
+        0 at padding and for rubrics that a prompt does not have.
+        """
+        self.model.eval()
+        pairs = [(i, k) for i, texts in enumerate(criteria) for k in range(len(texts))]
+        relevance = torch.zeros(len(ids), max(map(len, criteria)), ids.shape[1], device=ids.device)
+        for start in range(0, len(pairs), batch):
+            i, k = map(list, zip(*pairs[start : start + batch]))
+            T = int(mask[i].sum(1).max())
+            texts = [criteria[a][b] for a, b in zip(i, k)]
+            relevance[i, k, :T] = self.logits(texts, ids[i, :T], mask[i, :T]).sigmoid() * mask[i, :T]
+        return relevance
+
+    def fit(self, criteria, ids, mask, evidence, pairs=64):
+        """One step of binary cross-entropy towards evidence [N, K, T], on some random (response, rubric) pairs."""
+        self.model.train()
+        every = [(i, k) for i, texts in enumerate(criteria) for k in range(len(texts))]
+        i, k = map(list, zip(*[every[j] for j in torch.randperm(len(every))[:pairs].tolist()]))
+        T = int(mask[i].sum(1).max())
+        mask = mask[i, :T]
+        logits = self.logits([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask)
+        loss = F.binary_cross_entropy_with_logits(logits, evidence[i, k, :T], weight=mask.float(), reduction="sum")
+        (loss / mask.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def f1_and_auroc(relevance, evidence):
+    """Token-level F1 (at 0.5) and area under the ROC curve of scores [M] against labels [M] in {0, 1}.
+
+    AUROC is the chance that a relevant token scores above an irrelevant one, ties counted half.
+    """
+    positive, predicted = evidence > 0.5, relevance > 0.5
+    f1 = 2 * (positive & predicted).sum() / (positive.sum() + predicted.sum()).clamp(min=1)
+    _, inverse, counts = relevance.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]  # ties share their mean rank
+    p, n = int(positive.sum()), int((~positive).sum())
+    auroc = (float(ranks[positive].sum()) - p * (p + 1) / 2) / max(p * n, 1)
+    return float(f1), auroc
+
+
+# ==================================================================================================
+# 5. Advantages: response level, token level, combined
+#
+# In: for one prompt, verdicts [G, K], relevance [G, K, T], rewards [G].  Out: one advantage a token [G, T].
+# The response-level advantage is GRPO's.  The token level lives in RTT's three-dimensional reward space
+# r[i, k, t] = verdict * relevance.  Which entries of r share one mean and one standard deviation?  That is
+# RTT's group partitioning problem; the partitions below differ in one line.
+# ==================================================================================================
+
+
+PARTITIONS = ("intra", "inter", "rubric", "verdict")
+
+
+def response_advantage(rewards, eps=1e-6):
+    """rewards [G] -> (R - mean) / (std + eps) over the group: [G]  (GRPO; RTT, section 3).
+
+    std is the population's (divided by G). Exactly 0 where all rewards are equal, so also for G = 1.
+    """
+    rewards = rewards.float()
+    advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + eps)
+    return torch.where(rewards.max() == rewards.min(), 0.0, advantage)
+
+
+def masked_normalize(x, mask, dim, eps):
+    """(x - mean) / (std + eps) over the entries along `dim` where mask is 1; 0 where it is 0."""
+    count = mask.sum(dim, keepdim=True).clamp(min=1)
+    mean = (x * mask).sum(dim, keepdim=True) / count
+    centred = (x - mean) * mask
+    std = (centred.square().sum(dim, keepdim=True) / count).sqrt()
+    return centred / (std + eps)
+
+
+def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
+    """Token-level advantage [G, T] of one group (RTT, group partitioning and normalisation).
+
+    verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T].
+    With r = verdicts * relevance, the mean over k of r normalised over
+      "intra":    the tokens of each (response, rubric): RTT's intra-sample token group normalisation;
+      "inter":    the tokens of all responses, for each rubric;
+      "rubric":   the tokens of all responses, after r was averaged over the rubrics;
+      "verdict":  the responses, for each rubric, and only then spread by relevance: a token without
+                  relevance gets exactly 0, and a rubric on which the group agrees gives nothing.
+
+    eps is large on purpose. r lies in [-1, 1]; one relevant token of 40 has std 0.16, while a
+    discriminator that sees nothing anywhere has std 0.01 from noise alone. With eps = 0.1 the first
+    keeps its credit and the second stays below 0.1 units instead of being blown up to full size.
+    """
+    signs = verdicts.float()  # [G, K]; float first: relevance must not be cut to whole numbers
+    rubrics = (verdicts != 0).sum(1).clamp(min=1)[:, None]  # [G, 1]
+    valid = mask[:, None].float()  # [G, 1, T]
+    relevance = relevance * valid  # [G, K, T]
+    reward = signs[..., None] * relevance  # [G, K, T]
+    if partition == "intra":
+        advantage = masked_normalize(reward, valid, 2, eps)
+    elif partition == "inter":
+        advantage = masked_normalize(reward, valid, (0, 2), eps)
+    elif partition == "rubric":
+        return masked_normalize(reward.sum(1) / rubrics, valid[:, 0], (0, 1), eps)
+    elif partition == "verdict":
+        advantage = masked_normalize(signs, torch.ones_like(signs), 0, eps)[..., None] * relevance
+    else:
+        raise ValueError(f"partition must be 'intra', 'inter', 'rubric' or 'verdict', not {partition!r}")
+    return advantage.sum(1) / rubrics  # [G, T]
+
+
+def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
+    """response_adv [G], token_adv [G, T], mask [G, T] -> advantage [G, T], 0 at padding (RTT-GRPO).
+
+    "add": A + alpha * a.  "mix": (1 - alpha) * A + alpha * a.
+    """
+    if how == "add":
+        advantage = response_adv[:, None] + alpha * token_adv
+    elif how == "mix":
+        advantage = (1 - alpha) * response_adv[:, None] + alpha * token_adv
+    else:
+        raise ValueError(f"how must be 'add' or 'mix', not {how!r}")
+    return advantage * mask
+
+
+# ==================================================================================================
+# 6. Exchangeability: transformations of the weights, and the learning tax  (TGC)
+#
+# In: per-response weights and advantages of a group.  Out: weights under which shared tokens cancel.
+# Any group objective has the gradient sum_i sum_t c[i, t] * grad log pi(y[i, t]), with the effective
+# coefficient c = advantage * weight.  A token that all responses share in the same context has the same
+# gradient in all of them: it moves by sum_i c[i, t].  Sharing it made no response better than another, so
+# the sum should be 0.  Advantages of a group sum to 0; with weights that differ between the responses the
+# products do not, unless the weights are first made constant or orthogonal to the advantages.
+# ==================================================================================================
+
+
+def min_replace(w):
+    """weights [..., G] -> their minimum over the group, for every response: [..., G]  (TGC)."""
+    return w.amin(-1, keepdim=True).expand_as(w)
+
+
+def adv_orthogonal(w, adv):
+    """w - (adv.w / |adv|^2) adv, so that sum_i adv_i w_i = 0: [..., G]  (TGC). w itself where |adv| = 0."""
+    norm = adv.square().sum(-1, keepdim=True)
+    scale = (adv * w).sum(-1, keepdim=True) / torch.where(norm > 0, norm, 1.0)
+    return w - scale * adv
+
+
+def cancellation_residual(coef, ids, mask):
+    """The learning tax of one group: 0 if the tokens that all responses share cancel, 1 if not at all (TGC).
+
+    coef [G, T]: effective coefficients; ids [G, T]: tokens; mask [G, T]. Over the tokens v that occur in
+    every response, with c(i, v) the mean of coef over v's places in response i:
+    sum_v |sum_i c(i, v)| / sum_v sum_i |c(i, v)|. 0.0 where no token is shared or nothing pushes.
+    """
+    vocabulary, index = ids.unique(return_inverse=True)  # index [G, T] into U different tokens
+    zeros = torch.zeros(len(ids), len(vocabulary), device=ids.device)  # [G, U]
+    count = zeros.scatter_add(1, index, mask.float())
+    mean = zeros.scatter_add(1, index, coef.float() * mask) / count.clamp(min=1)  # [G, U]
+    mean = mean[:, (count > 0).all(0)]  # [G, shared tokens]
+    push = mean.abs().sum()
+    return float(mean.sum(0).abs().sum() / push) if push > 0 else 0.0
+
+
+# ==================================================================================================
+# 7. The update: one loss function, five methods
+#
+# In: log-probabilities with gradient, those of the sampler, advantages, all [N, T].  Out: a scalar, and the
+# effective coefficients c of section 6.  Each method is a choice of the weight that stands beside the
+# advantage: which ratio, per token or per response, clipped how, transformed how.
+# ==================================================================================================
+
+CLIP = {"gspo": (3e-4, 4e-4)}  # GSPO clips a mean over tokens, which moves far less than one token's ratio
+LOSSES = ("grpo", "grpo-fix", "gspo", "dfpo-min", "dfpo-orth")
+
+
+def clipped_objective(ratio, advantages, low, high):
+    """PPO's min(ratio * A, clip(ratio) * A), and where its gradient is alive, elementwise.
+
+    The minimum makes the clip one-sided. A > 0: min caps the gain once ratio > 1 + high; below 1 - low
+    the ratio itself is the smaller, so the gradient lives. A < 0: the inequality flips, and min caps
+    once ratio < 1 - low, while a ratio above 1 + high is still pushed down.
+    """
+    clipped = ratio.clamp(1 - low, 1 + high) * advantages
+    return torch.min(ratio * advantages, clipped), (ratio * advantages <= clipped).float()
+
+
+def loss_denominator(mask, loss):
+    """What the loss is divided by: responses for gspo (a mean of sequence means), tokens for the others."""
+    return len(mask) if loss == "gspo" else mask.sum()
+
+
+def policy_loss(
+    logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=(0.2, 0.2), denominator=None
+):
+    """The loss to minimise (a scalar) and its statistics (a dict).
+
+    logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows.
+      "grpo":       per-token ratio, PPO's clip (GRPO with a token mean).
+      "grpo-fix":   stop-gradient of the clipped per-token ratio, whatever the advantage's sign (TGC).
+      "gspo":       the response's ratio, geometric mean over its tokens, PPO's clip. Written token by
+                    token (GSPO-token), which is the same where the advantage is constant in a response.
+      "dfpo-min", "dfpo-orth":  stop-gradient of the responses' ratios after min_replace or
+                    adv_orthogonal (TGC's DFPO).
+    clip: (low, high). denominator: that of the whole update if this is a micro-batch of it.
+    Statistics: clip_fraction, approx_kl (to the sampler, k3), and coef [N, T], the effective coefficients.
+    """
+    low, high = clip
+    count = mask.sum().clamp(min=1)
+    lengths = mask.sum(1).clamp(min=1)  # [N]
+    log_ratio = (logprobs - old_logprobs) * mask  # [N, T]
+    ratio = log_ratio.exp()
+    sequence_ratio = (log_ratio.detach().sum(1) / lengths).exp()  # [N] stop-gradient
+    clipped = torch.zeros_like(mask, dtype=torch.bool)
+    if loss == "grpo":
+        objective, alive = clipped_objective(ratio, advantages, low, high)
+        weight, clipped = ratio.detach() * alive, alive == 0
+    elif loss == "gspo":
+        token_ratio = sequence_ratio[:, None] * (logprobs - logprobs.detach()).exp()  # [N, T]
+        objective, alive = clipped_objective(token_ratio, advantages, low, high)
+        objective = objective / lengths[:, None]
+        weight, clipped = token_ratio.detach() * alive / lengths[:, None], alive == 0
+    elif loss == "grpo-fix":
+        weight = ratio.detach().clamp(1 - low, 1 + high)
+        clipped = weight != ratio.detach()
+        objective = weight * advantages * logprobs
+    elif loss in ("dfpo-min", "dfpo-orth"):
+        grouped = sequence_ratio.view(-1, group_size)  # [P, G]
+        if loss == "dfpo-min":
+            grouped = min_replace(grouped)
+        else:
+            grouped = adv_orthogonal(grouped, ((advantages * mask).sum(1) / lengths).view(-1, group_size))
+        weight = grouped.reshape(-1, 1).expand_as(logprobs)  # [N, T]
+        objective = weight * advantages * logprobs
+    else:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
+    denominator = loss_denominator(mask, loss) if denominator is None else denominator
+    stats = {
+        "clip_fraction": float((clipped * mask).sum() / count),
+        "approx_kl": float((k3(logprobs.detach(), old_logprobs) * mask).sum() / count),
+        "coef": weight * advantages * mask,
+    }
+    return -(objective * mask).sum() / denominator, stats
+
+
+def k3(logprobs, other_logprobs):
+    """Schulman's k3 estimate of KL(policy || other), for tokens sampled from the policy: elementwise, >= 0."""
+    difference = other_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+def micro_batches(lengths, group_size, responses):
+    """Split N rows into micro-batches of `responses` rows: whole groups, those of like length together.
+
+    Groups stay whole because the transformations of section 6 need all of a group's ratios, and because a
+    group's prompt is then computed once. lengths [N] -> a list of row indices [at most `responses`].
+    """
+    groups = torch.arange(len(lengths)).view(-1, group_size)  # [P, G]
+    longest = lengths.view(-1, group_size).amax(1).cpu()  # [P]
+    order = groups[longest.argsort(stable=True)]
+    return [rows.reshape(-1) for rows in order.split(max(responses // group_size, 1))]
+
+
+def trim(rollout, rows, group_size):
+    """ids [n, L + T], attention_mask [n, L + T] and T for some rows, without columns that are all padding."""
+    prompts = rows[::group_size] // group_size
+    prompt_mask, mask = rollout.prompt_mask[prompts], rollout.mask[rows]
+    L, T = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
+    wide = lambda x: x[:, -L:].repeat_interleave(group_size, 0)
+    ids = torch.cat([wide(rollout.prompt_ids[prompts]), rollout.ids[rows, :T]], 1)
+    return ids, torch.cat([wide(prompt_mask), mask[:, :T]], 1), T
+
+
+def update(model, optimizer, rollout, advantages, args, reference=None):
+    """`args.updates` optimiser steps on one rollout; advantages [N, T]. Returns statistics (a dict).
+
+    The denominator is that of the whole update, so the micro-batch size changes no gradient. The old
+    log-probabilities are the sampler's: no pass is spent on them. A step whose loss or gradient is not
+    finite is skipped and said. reference: the starting policy, for --kl.
+    """
+    model.train()
+    G, totals, skipped = args.group_size, defaultdict(list), 0
+    clip = args.clip or CLIP.get(args.loss, (0.2, 0.2))
+    denominator, tokens = loss_denominator(rollout.mask, args.loss), rollout.mask.sum()
+    for _ in range(args.updates):
+        total, coef = 0.0, torch.zeros_like(advantages)
+        for rows in micro_batches(rollout.mask.sum(1), G, args.micro_batch or len(rollout.ids)):
+            ids, attention, T = trim(rollout, rows, G)
+            logprobs = token_logprobs(model, ids, attention, T, args.temperature, G)  # [n, T]
+            old, adv, mask = rollout.logprobs[rows, :T], advantages[rows, :T], rollout.mask[rows, :T]
+            loss, stats = policy_loss(logprobs, old, adv, mask, G, args.loss, clip, denominator)
+            if reference is not None:
+                with torch.no_grad():
+                    anchor = token_logprobs(reference, ids, attention, T, args.temperature, G)
+                loss = loss + args.kl * (k3(logprobs, anchor) * mask).sum() / tokens
+            loss.backward()
+            total += loss.item()
+            coef[rows, :T] = stats.pop("coef")
+            share = float(mask.sum() / tokens)
+            for name, value in stats.items():
+                totals[name].append(value * share / args.updates)
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        if math.isfinite(total) and math.isfinite(norm):
+            optimizer.step()
+        else:
+            skipped += 1
+            tqdm.write(f"step skipped: loss {total}, gradient norm {norm}")
+        optimizer.zero_grad()
+        totals["loss"].append(total / args.updates)
+        totals["grad_norm"].append(norm / args.updates)
+        residuals = [
+            cancellation_residual(*group)
+            for group in zip(coef.split(G), rollout.ids.split(G), rollout.mask.split(G))
+            if group[0].any()
+        ]
+        totals["residual"].append(sum(residuals) / max(len(residuals), 1) / args.updates)
+    return {name: sum(values) for name, values in totals.items()} | {"skipped": skipped}
+
+
+# ==================================================================================================
+# 8. The loop: sample, verify, relevance, advantages, update; measure, show, save
+# ==================================================================================================
+
+
+class Policy(NamedTuple):
+    model: torch.nn.Module
+    tokenizer: object
+    end_ids: list[int]  # tokens that end a response
+
+
+def without_dropout(config):
+    """The config with every dropout probability at 0: dropout would make the ratios of section 7 noise."""
+    for name, value in vars(config).items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def load_policy(name, device):
+    """The Policy of a local folder or a hub id. Raises BadInput if it cannot be had."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise BadInput(f"--model {name}: not a model folder, it has no config.json")
+    try:
+        config = without_dropout(AutoConfig.from_pretrained(name))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32).to(device)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--model {name}: cannot be loaded ({reason}); python rtt.py alone needs no download") from None
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    if not ends:
+        raise BadInput(f"--model {name}: neither its tokenizer nor its generation_config has an end token")
+    return Policy(model, tokenizer, sorted(ends))
+
+
+def encode_prompt(tokenizer, prompt):
+    """A prompt as token ids: through the chat template where there is one, as plain text where not."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt).input_ids
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def roll_out(policy, tasks, group_size, seeds, args):
+    """Sample `group_size` responses to each task with the run's settings; seeds: one a task. Returns a Rollout."""
+    prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
+    limits = (group_size, args.max_new_tokens, args.temperature)
+    return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds)
+
+
+def criteria_of(tasks, group_size):
+    """What the discriminator reads: for each of the N responses, the criteria of its prompt."""
+    return [[rubric.criterion for rubric in task.rubrics] for task in tasks for _ in range(group_size)]
+
+
+def group_advantages(rewards, verdicts, relevance, mask, args):
+    """Section 5 for every group of a batch: rewards [N], verdicts [N, K], relevance [N, K, T], mask [N, T] -> [N, T]."""
+    advantages = []
+    for n in range(0, len(mask), args.group_size):
+        group = slice(n, n + args.group_size)
+        response_adv = response_advantage(rewards[group])  # [G]
+        token_adv = token_advantage(verdicts[group], relevance[group], mask[group], args.partition)  # [G, T]
+        advantages.append(combine_advantages(response_adv, token_adv, mask[group], args.alpha, args.combine))
+    return torch.cat(advantages)
+
+
+def rollout_metrics(rollout, verdicts, rewards, group_size):
+    """What a rollout says of the policy: reward, accuracies, entropy in nats a token, shares in [0, 1]."""
+    tokens, grouped = int(rollout.mask.sum()), rewards.view(-1, group_size)  # [P, G]
+    return dict(
+        reward=float(rewards.mean()),
+        instruction=float(response_reward(verdicts, "aon").mean()),
+        rubric=float((verdicts > 0).sum() / (verdicts != 0).sum()),
+        entropy=float(rollout.entropy.sum() / tokens),
+        truncated=float(rollout.truncated.float().mean()),
+        zero_variance=float((grouped.amax(1) == grouped.amin(1)).float().mean()),
+        tokens=tokens,
+    )
+
+
+def scored_tokens(relevance, evidence, verdicts, mask):
+    """relevance and evidence [N, K, T] at the response tokens of rubrics that exist: two tensors [M]."""
+    valid = (verdicts != 0)[..., None] & (mask[:, None] > 0)  # [N, K, T]
+    return relevance[valid], evidence[valid]
+
+
+def evaluate(policy, tasks, args, discriminator=None):
+    """Accuracy on held-out tasks, one response each, every time from the same random numbers. Returns a dict.
+
+    "instruction", "rubric", "truncated": shares; "kinds": {rubric id: [satisfied, total]};
+    with a discriminator also "f1" and "auroc" of its relevance, over all response tokens.
+    """
+    kinds, hits, truncated, scored = defaultdict(lambda: [0, 0]), 0, 0, []
+    size = args.prompts * args.group_size  # as many responses at a time as in training
+    for start in range(0, len(tasks), size):
+        chunk = tasks[start : start + size]
+        rollout = roll_out(policy, chunk, 1, range(start, start + len(chunk)), args)
+        _, verdicts, evidence = grade(policy.tokenizer, rollout, chunk)  # [N, K], [N, K, T]
+        hits += int(response_reward(verdicts, "aon").sum())
+        truncated += int(rollout.truncated.sum())
+        for task, row in zip(chunk, verdicts.tolist()):
+            for rubric, verdict in zip(task.rubrics, row):
+                kinds[rubric.id][0] += verdict > 0
+                kinds[rubric.id][1] += 1
+        if discriminator:
+            relevance = discriminator.predict(criteria_of(chunk, 1), rollout.ids, rollout.mask)
+            scored.append(scored_tokens(relevance, evidence, verdicts, rollout.mask))
+    satisfied, total = map(sum, zip(*kinds.values()))
+    result = dict(instruction=hits / len(tasks), rubric=satisfied / total, truncated=truncated / len(tasks))
+    if discriminator:
+        result["f1"], result["auroc"] = f1_and_auroc(*map(torch.cat, zip(*scored)))
+    return result | dict(prompts=len(tasks), kinds=dict(sorted(kinds.items())))
+
+
+def table(before, after):
+    """The closing table: held-out accuracy before and after, overall and per kind of rubric."""
+    line = lambda name, n, a, b: f"{name:<40}{n:>9}{100 * a:>9.1f}{100 * b:>9.1f}{100 * (b - a):>+9.1f}"
+    rubrics = sum(total for _, total in before["kinds"].values())
+    rows = [
+        f"{'held-out accuracy, %':<40}{'count':>9}{'before':>9}{'after':>9}{'change':>9}",
+        line("instruction level (all rubrics)", before["prompts"], before["instruction"], after["instruction"]),
+        line("rubric level", rubrics, before["rubric"], after["rubric"]),
+    ]
+    for kind, (hits, total) in before["kinds"].items():
+        rows.append(line(f"  {kind}", total, hits / total, after["kinds"][kind][0] / total))
+    return "\n".join(rows)
+
+
+def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
+    """One response, its tokens coloured by advantage: green is pushed up, red down. Plain without a terminal."""
+    strength = (advantages / advantages.abs().max().clamp(min=1e-6)).tolist()  # [T] in [-1, 1]
+    pieces = []
+    for token, value in zip(ids[mask > 0].tolist(), strength):
+        piece, fade = tokenizer.decode([token]), 255 - int(155 * abs(value))
+        red, green = (fade, 255) if value > 0 else (255, fade)
+        colour = f"\033[30;48;2;{red};{green};{fade}m{{}}\033[0m" if sys.stdout.isatty() else "{}"
+        pieces.append(colour.format(piece))
+    marks = ", ".join(f"[{'x' if s > 0 else ' '}] {r.criterion}" for s, r in zip(verdicts.tolist(), task.rubrics))
+    return f"\n{task.prompt}\n{marks}\n{''.join(pieces)}\n"
+
+
+PHASES = ("rollout", "verify", "relevance", "update")
+
+
+class Stopwatch:
+    """Seconds per phase: `with watch("rollout"): ...` adds to watch.seconds["rollout"]."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels run on after the call that started them
+        self.seconds[phase] += time.perf_counter() - start
+
+
+def peak_memory_mb():
+    """Peak memory of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def task_stream(tasks, seed):
+    """(task, seed for its sampling) without end, in a new order each time round."""
+    rng = random.Random(seed)
+    while True:
+        for task in rng.sample(tasks, len(tasks)):
+            yield task, rng.getrandbits(62)
+
+
+def warm_up(policy, discriminator, stream, args):
+    """Train the discriminator on the starting policy's rollouts; the policy stays as it is."""
+    for _ in tqdm(range(args.warmup), desc="warm-up", disable=None):
+        tasks, seeds = zip(*itertools.islice(stream, args.prompts))
+        rollout = roll_out(policy, tasks, args.group_size, seeds, args)
+        _, _, evidence = grade(policy.tokenizer, rollout, tasks)
+        for _ in range(4):  # a rollout costs more than a step of the discriminator
+            discriminator.fit(criteria_of(tasks, args.group_size), rollout.ids, rollout.mask, evidence)
+
+
+def train_step(policy, optimizer, discriminator, reference, stream, args):
+    """The pipeline of the opening picture, once. Returns a row of metrics, and what show_credit needs."""
+    watch, G = Stopwatch(), args.group_size
+    tasks, seeds = zip(*itertools.islice(stream, args.prompts))
+    with watch("rollout"):
+        rollout = roll_out(policy, tasks, G, seeds, args)  # ids, mask, logprobs [N, T]
+    with watch("verify"):
+        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks)  # [N, K], [N, K, T]
+        rewards = response_reward(verdicts, args.reward)  # [N]
+        row = rollout_metrics(rollout, verdicts, rewards, G)
+    with watch("relevance"):
+        relevance = evidence if args.relevance == "evidence" else torch.ones_like(evidence)  # [N, K, T]
+        if discriminator:
+            criteria = criteria_of(tasks, G)
+            relevance = discriminator.predict(criteria, rollout.ids, rollout.mask)
+            row["f1"], row["auroc"] = f1_and_auroc(*scored_tokens(relevance, evidence, verdicts, rollout.mask))
+            discriminator.fit(criteria, rollout.ids, rollout.mask, evidence)
+    with watch("update"):
+        advantages = group_advantages(rewards, verdicts, relevance, rollout.mask, args)  # [N, T]
+        row |= update(policy.model, optimizer, rollout, advantages, args, reference)
+    seconds = sum(watch.seconds.values())
+    row |= dict(seconds=seconds, **{f"seconds_{phase}": s for phase, s in watch.seconds.items()})
+    row |= dict(tokens_per_second=row["tokens"] / seconds, peak_memory_mb=peak_memory_mb())
+    return row, (tasks[0], rollout.ids[0], rollout.mask[0], verdicts[0], advantages[0])
+
+
+def train(policy, discriminator, train_tasks, eval_tasks, out, args):
+    """Warm up the discriminator, then `args.steps` steps; one line a step to metrics.jsonl. Returns the lines."""
+    stream, rows = task_stream(train_tasks, args.seed), []
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
+    reference = copy.deepcopy(policy.model).eval() if args.kl else None
+    if discriminator:
+        warm_up(policy, discriminator, stream, args)
+    bar = tqdm(range(1, args.steps + 1), desc="train", disable=None)
+    for step in bar:
+        row, example = train_step(policy, optimizer, discriminator, reference, stream, args)
+        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
+            result = evaluate(policy, eval_tasks[: args.eval_prompts], args)
+            row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
+            tqdm.write(
+                f"step {step:>4}: reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, residual "
+                f"{row['residual']:.2f}; held-out {result['instruction']:.1%} / {result['rubric']:.1%}"
+            )
+        if args.show_every and step % args.show_every == 0:
+            tqdm.write(show_credit(policy.tokenizer, *example))
+        rows.append(dict(step=step, **row))
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        shown = ("reward", "instruction", "rubric", "entropy", "residual")
+        bar.set_postfix({name: f"{row[name]:.2f}" for name in shown})
+    return rows
+
+
+def open_run(args):
+    """Make the folder of the run and write its config.json. Raises BadInput rather than touch an earlier run."""
+    out = Path(args.out or HERE / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+    if (out / "metrics.jsonl").exists():
+        raise BadInput(f"--out {out}: holds a run already; name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
+        (out / "metrics.jsonl").touch()
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
+    return out
+
+
+def load_both(path):
+    """Tasks to train on and held-out tasks: a folder's train.jsonl and eval.jsonl, or a file's last tenth held out."""
+    if Path(path).is_dir():
+        return load_tasks(path, "train"), load_tasks(path, "eval")
+    tasks = load_tasks(path)
+    if len(tasks) < 2:
+        raise BadInput(f"{path}: holds one prompt; at least two are needed, one of them to be held out")
+    held_out = max(1, len(tasks) // 10)
+    return tasks[:-held_out], tasks[-held_out:]
+
+
+def run(args):
+    """Check the input, load, measure, train, measure again, save."""
+    train_tasks, eval_tasks = load_both(args.data)
+    out = open_run(args)
+    torch.manual_seed(args.seed)
+    policy = load_policy(args.model, args.device)
+    discriminator = None
+    if args.relevance == "discriminator" and args.alpha:
+        folder = args.discriminator or args.model
+        discriminator = RelevanceDiscriminator(folder, policy.tokenizer, args.discriminator_lr, args.device)
+    start = time.perf_counter()
+    before = evaluate(policy, eval_tasks, args)
+    print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric level)")
+    rows = train(policy, discriminator, train_tasks, eval_tasks, out, args)
+    after = evaluate(policy, eval_tasks, args, discriminator)
+    (out / "result.json").write_text(json.dumps(dict(before=before, after=after), indent=2) + "\n", encoding="utf-8")
+    policy.model.save_pretrained(out / "policy")
+    policy.tokenizer.save_pretrained(out / "policy")
+    print("\n" + table(before, after))
+    if discriminator:
+        print(f"\ndiscriminator on held-out prompts: token F1 {after['f1']:.3f}, AUROC {after['auroc']:.3f}")
+    mean = lambda name: sum(row[name] for row in rows) / len(rows)
+    phases = ", ".join(f"{phase} {mean('seconds_' + phase):.2f}" for phase in PHASES)
+    print(f"seconds a step: {mean('seconds'):.2f} ({phases}); {mean('tokens_per_second'):.0f} response tokens/s; "
+          f"peak memory {rows[-1]['peak_memory_mb']:.0f} MB; {time.perf_counter() - start:.0f} s in all")
+    print(f"metrics, config and the trained policy are in {out}")
+
+
+def parse_args(argv=None):
+    """The command line. Raises BadInput for what cannot be."""
+    parser = argparse.ArgumentParser(
+        description="Train a language model on rubrics with token-level credit: RTT-GRPO, and TGC's cancellation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def error(message):
+        raise BadInput(message)
+
+    parser.error = error
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", default=str(HERE / "data" / "tiny"), help="a Hugging Face model folder, or a model's name on the hub")
+    add("--data", default=str(HERE / "data" / "stories"), help="a folder with train.jsonl and eval.jsonl, a .jsonl file, or a data set's name on the hub")
+    add("--out", default="", help="folder for metrics, config and the trained policy (empty: runs/<time>)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--seed", type=int, default=0, help="seed of everything random; on the CPU, equal seeds give equal runs")
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--steps", type=positive(int), default=100, help="RL steps")
+    add("--prompts", type=positive(int), default=8, help="prompts a step")
+    add("--group-size", type=positive(int), default=8, help="responses a prompt (G), at least 2")
+    add("--max-new-tokens", type=positive(int), default=64, help="length limit of a response, in tokens")
+    add("--temperature", type=positive(float), default=1.0, help="sampling temperature")
+    add = parser.add_argument_group("rewards and advantages (RTT)").add_argument
+    add("--reward", choices=("aon", "csr"), default="aon", help="all rubrics or nothing; or the share of them satisfied")
+    add("--relevance", choices=("discriminator", "evidence", "uniform"), default="discriminator", help="where relevance comes from: learned; the verifiers' evidence; the same for every token")
+    add("--partition", choices=PARTITIONS, default="intra", help="what the token rewards are normalised over")
+    add("--alpha", type=float, default=0.5, help="weight of the token-level advantage; 0 is plain GRPO")
+    add("--combine", choices=("add", "mix"), default="add", help="A + alpha a; or (1 - alpha) A + alpha a")
+    add("--discriminator", default="", help="model folder the discriminator starts from (empty: that of --model)")
+    add("--discriminator-lr", type=positive(float), default=1e-3, help="its learning rate")
+    add("--warmup", type=int, default=12, help="rollouts it is trained on before the first RL step")
+    add = parser.add_argument_group("update (TGC)").add_argument
+    add("--loss", choices=LOSSES, default="grpo", help="how ratios become weights; grpo-fix and dfpo-* cancel on shared tokens")
+    add("--clip", type=positive(float), nargs=2, metavar=("LOW", "HIGH"), help="clip range below and above 1 (default 0.2 0.2; gspo 3e-4 4e-4)")
+    add("--updates", type=positive(int), default=1, help="optimiser steps a rollout")
+    add("--lr", type=positive(float), default=3e-4, help="learning rate of the policy (AdamW, constant)")
+    add("--max-grad-norm", type=positive(float), default=1.0, help="gradients are clipped to this norm")
+    add("--kl", type=float, default=0.0, help="weight of the KL penalty to the starting policy; 0 costs nothing")
+    add("--micro-batch", type=int, default=0, help="responses a forward pass in the update, whole groups (0: all)")
+    add = parser.add_argument_group("measuring").add_argument
+    add("--eval-every", type=int, default=25, help="steps between held-out evaluations (0: only at start and end)")
+    add("--eval-prompts", type=positive(int), default=256, help="prompts of those; start and end take all")
+    add("--show-every", type=int, default=50, help="steps between responses shown with their credit (0: never)")
+    args = parser.parse_args(argv)
+    if args.group_size < 2:
+        raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
+    if args.micro_batch % args.group_size:
+        raise BadInput(f"--micro-batch {args.micro_batch}: must be a multiple of --group-size {args.group_size}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return args
+
+
+def positive(kind):
+    """An argparse type: a number of this kind, above 0."""
+
+    def parse(text):
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return value
+
+    return parse
+
+
+def main(argv=None):
+    """Run; where the input is bad, say so in one line and leave with status 2."""
+    try:
+        run(parse_args(argv))
+    except BadInput as error:
+        print(f"rtt.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
