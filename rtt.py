@@ -1,48 +1,50 @@
 # SPDX-License-Identifier: MIT
 """Rubrics to Tokens: reinforcement learning from rubrics with token-level credit, in one file.
 
-A prompt comes with several rubrics (criteria). A reward for the whole response says how many were met, not where.
-RTT (Rubrics to Tokens, arXiv:2604.02795) asks a small discriminator which tokens are responsible for each verdict,
-and adds a token-level advantage to GRPO's response-level one. TGC (Token Gradient Cancellation, arXiv:2604.13088)
-asks of any such objective that tokens which all responses of a group share be left alone, and repairs the weights
-where they are not. Both speak of one tensor: the effective coefficient of each token's gradient.
+A prompt comes with several rubrics (criteria). A reward for the whole response says how many were
+met, not where. RTT (Rubrics to Tokens, arXiv:2604.02795) asks a small discriminator which tokens are
+responsible for each verdict, and adds a token-level advantage to GRPO's response-level one.
+TGC (Token Gradient Cancellation, arXiv:2604.13088) asks of any such objective that tokens which all
+responses of a group share be left alone, and repairs the weights where they are not. Both speak of
+one tensor: the coefficient with which each token's log-probability is pushed up or down.
 
-    prompts, rubrics (1)
-          | sample G responses to each (2)
-          v
-    ids [N, T] --- verify (3) ---> verdicts [N, K] ---> rewards R [N] ---> A [G] ----------.
-          |                           | evidence [N, K, T]                                 |
-          '----> discriminator (4) <--'                                                    v
-                      '----> relevance w [N, K, T] ---> token advantage a [G, T] (5) --> A + alpha * a
-                                                                                           | advantage [N, T]
-    policy <--- update (7) <--- coefficient c = advantage * weight [N, T] <----------------'
-                                        weight: ratio, clipped, made exchangeable (6)
+    prompts with rubrics (1)
+       | sample G responses to each (2)
+       v
+    ids [N, T] -- verify (3) --> verdicts [N, K] --> rewards R [N] --> A [G] ------------.
+       |                           | evidence [N, K, T]                                  |
+       '--> discriminator (4) <----'                                                     v
+                 '---> relevance w [N, K, T] ---> token advantage a [G, T] (5) ---> A + alpha * a
+                                                                                         |
+    policy <-- update (7) <-- coefficient c = advantage * weight [N, T] <----------------'
+                                  weight: ratio, clipped, made exchangeable (6)
 
-    symbol           shape       name in the code     meaning
-    G, N, K, T                                        responses a prompt; prompts * G; rubrics; response tokens
-    s                [N, K]      verdicts             +1 satisfied, -1 violated, 0 the prompt has fewer rubrics
-    w                [N, K, T]   relevance            in [0, 1]: is the token responsible for the verdict?
-    R                [N]         rewards              "aon": all satisfied or nothing; "csr": share satisfied
-    A                [G]         response_advantage   (R - mean) / std over the group
-    r = s * w        [G, K, T]   reward               the three-dimensional reward space: response, rubric, token
-    a                [G, T]      token_advantage      r normalised over a partition of that space, mean over rubrics
-    rho, s_i         [N,T] [N]   ratio                new over old probability: per token; per response
-    c                [N, T]      coef                 what multiplies the gradient of each token's log-probability
+    symbol      shape      name in the code    meaning
+    G, N, K, T                                 responses a prompt; prompts * G; rubrics; tokens
+    s           [N, K]     verdicts            +1 satisfied, -1 violated, 0 no such rubric
+    w           [N, K, T]  relevance           in [0, 1]: is the token responsible for the verdict?
+    R           [N]        rewards             "aon": all rubrics or nothing; "csr": share satisfied
+    A           [G]        response_advantage  (R - mean) / std over the group
+    r = s * w   [G, K, T]  reward              three-dimensional reward space: response, rubric, token
+    a           [G, T]     token_advantage     r normalised over a partition of it, mean over rubrics
+    rho, s_i    [N, T] [N] ratio               new over old probability: of a token; of a response
+    c           [N, T]     coef                what multiplies the gradient of each log-probability
 
 Run it:
 
-    python rtt.py                                   the embedded default: minutes on a laptop's CPU, no download
-    python rtt.py --model Qwen/Qwen2.5-0.5B-Instruct --data my/folder --lr 1e-6 --discriminator-lr 1e-5
+    python rtt.py            the embedded default: minutes on a laptop's CPU, nothing is downloaded
+    python rtt.py --model Qwen/Qwen2.5-0.5B-Instruct --data FOLDER --lr 1e-6 --discriminator-lr 1e-5
     python rtt.py --help
 
 What is simplified, and where this differs from the papers:
-  - Rubrics are verified by rule (IFEval). RTT also has rubrics that only a model can judge.
-  - The discriminator learns online from the verifiers' evidence. RTT trains it before RL on labelled data.
-  - `token_advantage` divides by std + 0.1 (see there), and `partition="verdict"` is an addition: it is what TGC's
-    cancellation condition asks of RTT's token channel.
-  - english_lowercase looks at letters only; IFEval also asks a language detector. Keywords are literal text;
-    IFEval treats them as regular expressions. Sentences are counted by a rule, not by a trained splitter.
-  - One process, one device. The optimiser is AdamW with a constant learning rate.
+  - Rubrics are verified by rule, as in IFEval. RTT also has rubrics that only a model can judge.
+  - The discriminator learns online, from the verifiers' evidence on the policy's own rollouts. RTT
+    trains it beforehand, on labelled data.
+  - `token_advantage` divides by std + 0.1, not by std (see there why). Its partition "verdict" is an
+    addition: it is what TGC's cancellation condition asks of RTT's token channel.
+  - IFEval's english_lowercase also asks a language detector, its keywords are regular expressions,
+    its sentences are split by a trained model. Here: letters only, literal text, and a rule.
+  - One process, one device; AdamW with a constant learning rate.
 """
 
 import argparse
@@ -65,9 +67,15 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
-from transformers import DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -328,9 +336,13 @@ def load_tasks(path_or_hub_id, split="train"):
     path = Path(path_or_hub_id)
     path = path / f"{split}.jsonl" if path.is_dir() else path
     if path.is_file():
-        lines = [(f"{path}:{n}", line) for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
+        lines = [
+            (f"{path}:{n}", line) for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()
+        ]
     else:
-        lines = [(f"{path_or_hub_id}[{n}]", row) for n, row in enumerate(hub_rows(str(path_or_hub_id), split))]
+        lines = [
+            (f"{path_or_hub_id}[{n}]", row) for n, row in enumerate(hub_rows(str(path_or_hub_id), split))
+        ]
     tasks = []
     for where, line in lines:
         try:
@@ -348,11 +360,15 @@ def hub_rows(name, split):
     import datasets  # slow to import, and local files do not need it
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith((".jsonl", ".json")):
-        raise BadInput(f"{name}: no such file; --data takes a .jsonl file, a folder or the name of a hub data set")
+        raise BadInput(
+            f"{name}: no such file; --data takes a .jsonl file, a folder or the name of a hub data set"
+        )
     try:
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
-        raise BadInput(f"{name}: neither a local file nor to be had from the hub ({error})".splitlines()[0]) from None
+        raise BadInput(
+            f"{name}: neither a local file nor to be had from the hub ({error})".splitlines()[0]
+        ) from None
 
 
 # ==================================================================================================
@@ -390,63 +406,62 @@ def left_pad(rows, pad_id, device):
     return ids.to(device), mask.to(device)
 
 
-def draw(logits, uniform):
-    """One token a row by inverse CDF: logits [N, V] float32, uniform [N] in [0, 1) -> [N]."""
-    cdf = logits.softmax(-1).cumsum(-1)  # [N, V]
+def draw(logp, uniform):
+    """One token a row by inverse CDF: logp [N, V] log-probabilities, uniform [N] in [0, 1) -> [N]."""
+    cdf = logp.exp().cumsum(-1)  # [N, V]
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-    return token.squeeze(1).clamp(max=logits.shape[-1] - 1)
+    return token.squeeze(1).clamp(max=logp.shape[-1] - 1)
 
 
 @torch.no_grad()
 def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None):
-    """Sample `group_size` responses to each prompt.
+    """Sample `group_size` responses to each prompt: a Rollout with T = length of the longest.
 
     prompts: P lists of token ids. end_ids: tokens that end a response (several are fine).
     seeds: one integer a prompt; a prompt's samples depend on its seed and on nothing else in the batch.
-    Each prompt is prefilled once and its cache is copied to its group. Responses that have ended leave
-    the batch. Returns a Rollout with T = length of the longest response.
+    Each prompt is prefilled once and its cache copied to its group. Responses that have ended leave
+    the batch.
     """
     model.eval()  # no dropout; section 7 turns training mode on again
-    device = model.device
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
-    shape = (group_size, max_new_tokens)
-    uniform = torch.cat([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-    ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
+    shape, generators = (group_size, max_new_tokens), [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniform = torch.cat([torch.rand(shape, generator=g) for g in generators]).to(model.device)  # [N, T]
+    ends = torch.tensor(list(end_ids), dtype=torch.long, device=model.device)
 
-    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # [P, L]
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, model.device)  # [P, L]
     cache = DynamicCache()
     inputs = dict(attention_mask=prompt_mask, position_ids=positions(prompt_mask), past_key_values=cache)
     logits = model(prompt_ids, logits_to_keep=1, **inputs).logits[:, -1]  # [P, V]
     cache.batch_repeat_interleave(group_size)  # P -> N rows
     logits = logits.repeat_interleave(group_size, 0)  # [N, V]
     attention = prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
-    place = attention.sum(1, keepdim=True)  # [N, 1] position of the next token
 
-    N, T = uniform.shape
-    ids = torch.full((N, T), pad_id, device=device)
-    mask = torch.zeros(N, T, dtype=torch.long, device=device)
-    logprobs, entropy = torch.zeros(N, T, device=device), torch.zeros(N, T, device=device)
-    alive = torch.arange(N, device=device)  # rows whose response has not ended
-    for t in range(T):
-        logits = logits.float() / temperature
-        token = draw(logits, uniform[alive, t])  # [alive]
-        logp = logits.log_softmax(-1)  # [alive, V]
+    logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
+    mask = torch.zeros_like(uniform, dtype=torch.long)
+    ids = torch.full_like(mask, pad_id)
+    alive = torch.arange(len(ids), device=ids.device)  # rows whose response has not ended
+    for t in range(max_new_tokens):
+        logp = (logits.float() / temperature).log_softmax(-1)  # [alive, V]
+        token = draw(logp, uniform[alive, t])  # [alive]
         ids[alive, t], mask[alive, t] = token, 1
         logprobs[alive, t] = logp.gather(1, token[:, None]).squeeze(1)
         entropy[alive, t] = -(logp.exp() * logp).sum(-1)
-        going = ~torch.isin(token, ends)
-        if not going.all():
-            alive, token, attention, place = alive[going], token[going], attention[going], place[going]
-            cache.batch_select_indices(going.nonzero().squeeze(1))
-        if not len(alive) or t == T - 1:
+        going = (~torch.isin(token, ends)).nonzero().squeeze(1)
+        if len(going) < len(alive):
+            alive, token, attention = alive[going], token[going], attention[going]
+            cache.batch_select_indices(going)
+        if not len(alive) or t == max_new_tokens - 1:
             break
         attention = F.pad(attention, (0, 1), value=1)  # [alive, L + t + 1]
-        inputs = dict(attention_mask=attention, position_ids=place + t, past_key_values=cache)
+        inputs = dict(
+            attention_mask=attention, position_ids=positions(attention)[:, -1:], past_key_values=cache
+        )
         logits = model(token[:, None], **inputs).logits[:, -1]  # [alive, V]
-    truncated = torch.zeros(N, dtype=torch.bool, device=device)
-    truncated[alive] = True
-    T = int(mask.sum(1).max())
-    return Rollout(prompt_ids, prompt_mask, ids[:, :T], mask[:, :T], logprobs[:, :T], entropy[:, :T], truncated)
+    truncated = torch.zeros(len(ids), dtype=torch.bool, device=ids.device).index_fill(0, alive, True)
+    used = slice(0, int(mask.sum(1).max()))
+    return Rollout(
+        prompt_ids, prompt_mask, ids[:, used], mask[:, used], logprobs[:, used], entropy[:, used], truncated
+    )
 
 
 def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=1.0, group_size=1):
@@ -460,13 +475,14 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
     place = positions(attention_mask)
     head = dict(attention_mask=attention_mask[::group_size, :L], position_ids=place[::group_size, :L])
     cache = DynamicCache()
-    first = model(ids[::group_size, :L], past_key_values=cache, use_cache=True, logits_to_keep=1, **head).logits
-    cache.batch_repeat_interleave(group_size)  # N/G -> N rows
-    logits = first.repeat_interleave(group_size, 0)  # [N, 1, V] predicts the first response token
+    head |= dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = model(ids[::group_size, :L], **head).logits  # [N / G, 1, V], predicts the first response token
+    cache.batch_repeat_interleave(group_size)  # N / G -> N rows
+    logits = logits.repeat_interleave(group_size, 0)  # [N, 1, V]
     if num_response_tokens > 1:
         tail = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1])
-        rest = model(ids[:, L:-1], past_key_values=cache, use_cache=True, **tail).logits  # [N, T - 1, V]
-        logits = torch.cat([logits, rest], 1)  # [N, T, V]
+        tail |= dict(past_key_values=cache, use_cache=True)
+        logits = torch.cat([logits, model(ids[:, L:-1], **tail).logits], 1)  # [N, T, V]
     logits = logits.float() / temperature
     return logits.gather(2, ids[:, L:, None]).squeeze(2) - logits.logsumexp(2)  # [N, T]
 
@@ -518,15 +534,12 @@ def token_spans(tokenizer, responses):
     return texts, tokens
 
 
-def evidence_to_tokens(evidence, tokens, text_length):
-    """Spans of characters -> 0.0/1.0 for each token: does the token write one of these characters?
+def evidence_to_tokens(evidence, tokens):
+    """Spans of characters, spans of tokens -> 0.0/1.0 a token: does it write one of these characters?
 
-    The empty span at `text_length` means the end token, which alone stands there and writes nothing.
+    An empty span counts as one character long: (len, len) then meets the end token, (len, len + 1).
     """
-    return [
-        float(any((a < end and start < b) or (a == b == start == end == text_length) for a, b in evidence))
-        for start, end in tokens
-    ]
+    return [float(any(a < end and start < max(b, a + 1) for a, b in evidence)) for start, end in tokens]
 
 
 def grade(tokenizer, rollout, tasks):
@@ -537,15 +550,15 @@ def grade(tokenizer, rollout, tasks):
     N, T = rollout.ids.shape
     G, K = N // len(tasks), max(len(task.rubrics) for task in tasks)
     ended, lengths = (~rollout.truncated).tolist(), rollout.mask.sum(1).tolist()
-    written = [ids[: n - end] for ids, n, end in zip(rollout.ids.tolist(), lengths, ended)]  # less the end token
-    texts, tokens = token_spans(tokenizer, written)
+    without_end = [ids[: n - end] for ids, n, end in zip(rollout.ids.tolist(), lengths, ended)]
+    texts, tokens = token_spans(tokenizer, without_end)
     verdicts, evidence = torch.zeros(N, K, dtype=torch.long), torch.zeros(N, K, T)
     for i, text in enumerate(texts):
-        places = tokens[i] + [(len(text), len(text))] * ended[i]
-        for k, rubric in enumerate(tasks[i // G].rubrics):
-            verdict = verify(rubric, text, tasks[i // G].prompt)
+        places, task = tokens[i] + [(len(text), len(text) + 1)] * ended[i], tasks[i // G]
+        for k, rubric in enumerate(task.rubrics):
+            verdict = verify(rubric, text, task.prompt)
             verdicts[i, k] = 1 if verdict.satisfied else -1
-            evidence[i, k, : len(places)] = torch.tensor(evidence_to_tokens(verdict.evidence, places, len(text)))
+            evidence[i, k, : len(places)] = torch.tensor(evidence_to_tokens(verdict.evidence, places))
     return texts, verdicts.to(rollout.ids.device), evidence.to(rollout.ids.device)
 
 
@@ -564,16 +577,20 @@ class RelevanceDiscriminator:
     """criterion + response -> relevance of each response token."""
 
     def __init__(self, folder, tokenizer, learning_rate, device):
-        """`folder`: any language model with the policy's tokenizer; the default run takes the policy's own."""
+        """`folder`: a language model with the policy's tokenizer; by default the policy's own folder."""
         config = without_dropout(AutoConfig.from_pretrained(folder, num_labels=1, classifier_dropout=0.0))
+        transformers.logging.set_verbosity_error()  # the head is new, which it would report at length
         model = AutoModelForTokenClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+        transformers.logging.set_verbosity_warning()
         self.model, self.tokenizer = model.to(device), tokenizer
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0)
 
     def logits(self, criteria, ids, mask):
         """criteria: M texts; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
         texts = [f"{criterion}\n" for criterion in criteria]
-        prompt_ids, prompt_mask = left_pad(self.tokenizer(texts, add_special_tokens=False).input_ids, 0, ids.device)
+        prompt_ids, prompt_mask = left_pad(
+            self.tokenizer(texts, add_special_tokens=False).input_ids, 0, ids.device
+        )
         attention = torch.cat([prompt_mask, mask], 1)  # [M, C + T]
         inputs = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
         logits = self.model(torch.cat([prompt_ids, ids], 1), **inputs).logits  # [M, C + T, 1]
@@ -581,29 +598,33 @@ class RelevanceDiscriminator:
 
     @torch.no_grad()
     def predict(self, criteria, ids, mask, batch=64):
-        """criteria: a list of at most K texts for each response; ids, mask: [N, T] -> relevance [N, K, T] in [0, 1].
+        """criteria: at most K texts for each response; ids, mask [N, T] -> relevance [N, K, T] in [0, 1].
 
         0 at padding and for rubrics that a prompt does not have.
         """
         self.model.eval()
+        lengths = mask.sum(1).tolist()
         pairs = [(i, k) for i, texts in enumerate(criteria) for k in range(len(texts))]
+        pairs.sort(key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
         relevance = torch.zeros(len(ids), max(map(len, criteria)), ids.shape[1], device=ids.device)
         for start in range(0, len(pairs), batch):
             i, k = map(list, zip(*pairs[start : start + batch]))
-            T = int(mask[i].sum(1).max())
+            T = lengths[i[-1]]
             texts = [criteria[a][b] for a, b in zip(i, k)]
             relevance[i, k, :T] = self.logits(texts, ids[i, :T], mask[i, :T]).sigmoid() * mask[i, :T]
         return relevance
 
     def fit(self, criteria, ids, mask, evidence, pairs=64):
-        """One step of binary cross-entropy towards evidence [N, K, T], on some random (response, rubric) pairs."""
+        """One step of cross-entropy towards evidence [N, K, T] on some random (response, rubric) pairs."""
         self.model.train()
         every = [(i, k) for i, texts in enumerate(criteria) for k in range(len(texts))]
         i, k = map(list, zip(*[every[j] for j in torch.randperm(len(every))[:pairs].tolist()]))
         T = int(mask[i].sum(1).max())
         mask = mask[i, :T]
         logits = self.logits([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask)
-        loss = F.binary_cross_entropy_with_logits(logits, evidence[i, k, :T], weight=mask.float(), reduction="sum")
+        loss = F.binary_cross_entropy_with_logits(
+            logits, evidence[i, k, :T], weight=mask.float(), reduction="sum"
+        )
         (loss / mask.sum()).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -818,14 +839,17 @@ def policy_loss(
     denominator = loss_denominator(mask, loss) if denominator is None else denominator
     stats = {
         "clip_fraction": float((clipped * mask).sum() / count),
-        "approx_kl": float((k3(logprobs.detach(), old_logprobs) * mask).sum() / count),
+        "approx_kl": float((k3(log_ratio.detach(), 0) * mask).sum() / count),
         "coef": weight * advantages * mask,
     }
     return -(objective * mask).sum() / denominator, stats
 
 
 def k3(logprobs, other_logprobs):
-    """Schulman's k3 estimate of KL(policy || other), for tokens sampled from the policy: elementwise, >= 0."""
+    """Schulman's k3 estimate of KL(policy || other), for tokens sampled from the policy: elementwise, >= 0.
+
+    Mask the log-probabilities before, not the result after: at padding the exponential may be infinite.
+    """
     difference = other_logprobs - logprobs
     return difference.exp() - difference - 1
 
@@ -873,7 +897,7 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
             if reference is not None:
                 with torch.no_grad():
                     anchor = token_logprobs(reference, ids, attention, T, args.temperature, G)
-                loss = loss + args.kl * (k3(logprobs, anchor) * mask).sum() / tokens
+                loss = loss + args.kl * k3(logprobs * mask, anchor * mask).sum() / tokens
             loss.backward()
             total += loss.item()
             coef[rows, :T] = stats.pop("coef")
@@ -883,12 +907,12 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         if math.isfinite(total) and math.isfinite(norm):
             optimizer.step()
+            totals["loss"].append(total / args.updates)
+            totals["grad_norm"].append(norm / args.updates)
         else:
             skipped += 1
-            tqdm.write(f"step skipped: loss {total}, gradient norm {norm}")
+            tqdm.write(f"update skipped: loss {total}, gradient norm {norm}")
         optimizer.zero_grad()
-        totals["loss"].append(total / args.updates)
-        totals["grad_norm"].append(norm / args.updates)
         residuals = [
             cancellation_residual(*group)
             for group in zip(coef.split(G), rollout.ids.split(G), rollout.mask.split(G))
@@ -927,7 +951,9 @@ def load_policy(name, device):
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32).to(device)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"--model {name}: cannot be loaded ({reason}); python rtt.py alone needs no download") from None
+        raise BadInput(
+            f"--model {name}: cannot be loaded ({reason}); python rtt.py alone needs no download"
+        ) from None
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not ends:
@@ -945,7 +971,7 @@ def encode_prompt(tokenizer, prompt):
 
 
 def roll_out(policy, tasks, group_size, seeds, args):
-    """Sample `group_size` responses to each task with the run's settings; seeds: one a task. Returns a Rollout."""
+    """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
     limits = (group_size, args.max_new_tokens, args.temperature)
     return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds)
@@ -957,7 +983,7 @@ def criteria_of(tasks, group_size):
 
 
 def group_advantages(rewards, verdicts, relevance, mask, args):
-    """Section 5 for every group of a batch: rewards [N], verdicts [N, K], relevance [N, K, T], mask [N, T] -> [N, T]."""
+    """Section 5 for each group of a batch: rewards [N], verdicts [N, K], relevance [N, K, T] -> [N, T]."""
     advantages = []
     for n in range(0, len(mask), args.group_size):
         group = slice(n, n + args.group_size)
@@ -1021,7 +1047,9 @@ def table(before, after):
     rubrics = sum(total for _, total in before["kinds"].values())
     rows = [
         f"{'held-out accuracy, %':<40}{'count':>9}{'before':>9}{'after':>9}{'change':>9}",
-        line("instruction level (all rubrics)", before["prompts"], before["instruction"], after["instruction"]),
+        line(
+            "instruction level (all rubrics)", before["prompts"], before["instruction"], after["instruction"]
+        ),
         line("rubric level", rubrics, before["rubric"], after["rubric"]),
     ]
     for kind, (hits, total) in before["kinds"].items():
@@ -1030,7 +1058,7 @@ def table(before, after):
 
 
 def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
-    """One response, its tokens coloured by advantage: green is pushed up, red down. Plain without a terminal."""
+    """One response, its tokens coloured by advantage: green is pushed up, red down; plain in a file."""
     strength = (advantages / advantages.abs().max().clamp(min=1e-6)).tolist()  # [T] in [-1, 1]
     pieces = []
     for token, value in zip(ids[mask > 0].tolist(), strength):
@@ -1038,7 +1066,9 @@ def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
         red, green = (fade, 255) if value > 0 else (255, fade)
         colour = f"\033[30;48;2;{red};{green};{fade}m{{}}\033[0m" if sys.stdout.isatty() else "{}"
         pieces.append(colour.format(piece))
-    marks = ", ".join(f"[{'x' if s > 0 else ' '}] {r.criterion}" for s, r in zip(verdicts.tolist(), task.rubrics))
+    marks = ", ".join(
+        f"[{'x' if s > 0 else ' '}] {r.criterion}" for s, r in zip(verdicts.tolist(), task.rubrics)
+    )
     return f"\n{task.prompt}\n{marks}\n{''.join(pieces)}\n"
 
 
@@ -1100,7 +1130,9 @@ def train_step(policy, optimizer, discriminator, reference, stream, args):
         if discriminator:
             criteria = criteria_of(tasks, G)
             relevance = discriminator.predict(criteria, rollout.ids, rollout.mask)
-            row["f1"], row["auroc"] = f1_and_auroc(*scored_tokens(relevance, evidence, verdicts, rollout.mask))
+            row["f1"], row["auroc"] = f1_and_auroc(
+                *scored_tokens(relevance, evidence, verdicts, rollout.mask)
+            )
             discriminator.fit(criteria, rollout.ids, rollout.mask, evidence)
     with watch("update"):
         advantages = group_advantages(rewards, verdicts, relevance, rollout.mask, args)  # [N, T]
@@ -1112,7 +1144,7 @@ def train_step(policy, optimizer, discriminator, reference, stream, args):
 
 
 def train(policy, discriminator, train_tasks, eval_tasks, out, args):
-    """Warm up the discriminator, then `args.steps` steps; one line a step to metrics.jsonl. Returns the lines."""
+    """Warm-up, then `args.steps` steps; one line a step to metrics.jsonl. Returns the lines."""
     stream, rows = task_stream(train_tasks, args.seed), []
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
     reference = copy.deepcopy(policy.model).eval() if args.kl else None
@@ -1139,7 +1171,7 @@ def train(policy, discriminator, train_tasks, eval_tasks, out, args):
 
 
 def open_run(args):
-    """Make the folder of the run and write its config.json. Raises BadInput rather than touch an earlier run."""
+    """Make the run's folder with its config.json. Raises BadInput rather than touch an earlier run."""
     out = Path(args.out or HERE / "runs" / time.strftime("%Y%m%d-%H%M%S"))
     if (out / "metrics.jsonl").exists():
         raise BadInput(f"--out {out}: holds a run already; name another folder")
@@ -1153,7 +1185,7 @@ def open_run(args):
 
 
 def load_both(path):
-    """Tasks to train on and held-out tasks: a folder's train.jsonl and eval.jsonl, or a file's last tenth held out."""
+    """Tasks to train on, held-out tasks: a folder's train and eval.jsonl; of a file, the last tenth is held out."""
     if Path(path).is_dir():
         return load_tasks(path, "train"), load_tasks(path, "eval")
     tasks = load_tasks(path)
@@ -1175,10 +1207,14 @@ def run(args):
         discriminator = RelevanceDiscriminator(folder, policy.tokenizer, args.discriminator_lr, args.device)
     start = time.perf_counter()
     before = evaluate(policy, eval_tasks, args)
-    print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric level)")
+    print(
+        f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric level)"
+    )
     rows = train(policy, discriminator, train_tasks, eval_tasks, out, args)
     after = evaluate(policy, eval_tasks, args, discriminator)
-    (out / "result.json").write_text(json.dumps(dict(before=before, after=after), indent=2) + "\n", encoding="utf-8")
+    (out / "result.json").write_text(
+        json.dumps(dict(before=before, after=after), indent=2) + "\n", encoding="utf-8"
+    )
     policy.model.save_pretrained(out / "policy")
     policy.tokenizer.save_pretrained(out / "policy")
     print("\n" + table(before, after))
@@ -1186,15 +1222,17 @@ def run(args):
         print(f"\ndiscriminator on held-out prompts: token F1 {after['f1']:.3f}, AUROC {after['auroc']:.3f}")
     mean = lambda name: sum(row[name] for row in rows) / len(rows)
     phases = ", ".join(f"{phase} {mean('seconds_' + phase):.2f}" for phase in PHASES)
-    print(f"seconds a step: {mean('seconds'):.2f} ({phases}); {mean('tokens_per_second'):.0f} response tokens/s; "
-          f"peak memory {rows[-1]['peak_memory_mb']:.0f} MB; {time.perf_counter() - start:.0f} s in all")
+    print(
+        f"seconds a step: {mean('seconds'):.2f} ({phases}); {mean('tokens_per_second'):.0f} response tokens/s; "
+        f"peak memory {rows[-1]['peak_memory_mb']:.0f} MB; {time.perf_counter() - start:.0f} s in all"
+    )
     print(f"metrics, config and the trained policy are in {out}")
 
 
 def parse_args(argv=None):
     """The command line. Raises BadInput for what cannot be."""
     parser = argparse.ArgumentParser(
-        description="Train a language model on rubrics with token-level credit: RTT-GRPO, and TGC's cancellation.",
+        description="Train a language model on rubrics with token-level credit: RTT-GRPO with TGC's cancellation.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
@@ -1203,11 +1241,24 @@ def parse_args(argv=None):
 
     parser.error = error
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", default=str(HERE / "data" / "tiny"), help="a Hugging Face model folder, or a model's name on the hub")
-    add("--data", default=str(HERE / "data" / "stories"), help="a folder with train.jsonl and eval.jsonl, a .jsonl file, or a data set's name on the hub")
+    add(
+        "--model",
+        default=str(HERE / "data" / "tiny"),
+        help="a Hugging Face model folder, or a model's name on the hub",
+    )
+    add(
+        "--data",
+        default=str(HERE / "data" / "stories"),
+        help="a folder with train.jsonl and eval.jsonl, a .jsonl file, or a data set's name on the hub",
+    )
     add("--out", default="", help="folder for metrics, config and the trained policy (empty: runs/<time>)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--seed", type=int, default=0, help="seed of everything random; on the CPU, equal seeds give equal runs")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of everything random; on the CPU, equal seeds give equal runs",
+    )
     add = parser.add_argument_group("rollouts").add_argument
     add("--steps", type=positive(int), default=100, help="RL steps")
     add("--prompts", type=positive(int), default=8, help="prompts a step")
@@ -1215,33 +1266,82 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=positive(int), default=64, help="length limit of a response, in tokens")
     add("--temperature", type=positive(float), default=1.0, help="sampling temperature")
     add = parser.add_argument_group("rewards and advantages (RTT)").add_argument
-    add("--reward", choices=("aon", "csr"), default="aon", help="all rubrics or nothing; or the share of them satisfied")
-    add("--relevance", choices=("discriminator", "evidence", "uniform"), default="discriminator", help="where relevance comes from: learned; the verifiers' evidence; the same for every token")
+    add(
+        "--reward",
+        choices=("aon", "csr"),
+        default="aon",
+        help="all rubrics or nothing; or the share of them satisfied",
+    )
+    add(
+        "--relevance",
+        choices=("discriminator", "evidence", "uniform"),
+        default="discriminator",
+        help="where relevance comes from: learned; the verifiers' evidence; the same for every token",
+    )
     add("--partition", choices=PARTITIONS, default="intra", help="what the token rewards are normalised over")
     add("--alpha", type=float, default=0.5, help="weight of the token-level advantage; 0 is plain GRPO")
     add("--combine", choices=("add", "mix"), default="add", help="A + alpha a; or (1 - alpha) A + alpha a")
-    add("--discriminator", default="", help="model folder the discriminator starts from (empty: that of --model)")
+    add(
+        "--discriminator",
+        default="",
+        help="model folder the discriminator starts from (empty: that of --model)",
+    )
     add("--discriminator-lr", type=positive(float), default=1e-3, help="its learning rate")
     add("--warmup", type=int, default=12, help="rollouts it is trained on before the first RL step")
     add = parser.add_argument_group("update (TGC)").add_argument
-    add("--loss", choices=LOSSES, default="grpo", help="how ratios become weights; grpo-fix and dfpo-* cancel on shared tokens")
-    add("--clip", type=positive(float), nargs=2, metavar=("LOW", "HIGH"), help="clip range below and above 1 (default 0.2 0.2; gspo 3e-4 4e-4)")
+    add(
+        "--loss",
+        choices=LOSSES,
+        default="grpo",
+        help="how ratios become weights; grpo-fix and dfpo-* cancel on shared tokens",
+    )
+    add(
+        "--clip",
+        type=positive(float),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="clip range below and above 1 (default 0.2 0.2; gspo 3e-4 4e-4)",
+    )
     add("--updates", type=positive(int), default=1, help="optimiser steps a rollout")
     add("--lr", type=positive(float), default=3e-4, help="learning rate of the policy (AdamW, constant)")
     add("--max-grad-norm", type=positive(float), default=1.0, help="gradients are clipped to this norm")
-    add("--kl", type=float, default=0.0, help="weight of the KL penalty to the starting policy; 0 costs nothing")
-    add("--micro-batch", type=int, default=0, help="responses a forward pass in the update, whole groups (0: all)")
+    add(
+        "--kl",
+        type=float,
+        default=0.0,
+        help="weight of the KL penalty to the starting policy; 0 costs nothing",
+    )
+    add(
+        "--micro-batch",
+        type=int,
+        default=0,
+        help="responses a forward pass in the update, whole groups (0: all)",
+    )
     add = parser.add_argument_group("measuring").add_argument
-    add("--eval-every", type=int, default=25, help="steps between held-out evaluations (0: only at start and end)")
+    add(
+        "--eval-every",
+        type=int,
+        default=25,
+        help="steps between held-out evaluations (0: only at start and end)",
+    )
     add("--eval-prompts", type=positive(int), default=256, help="prompts of those; start and end take all")
-    add("--show-every", type=int, default=50, help="steps between responses shown with their credit (0: never)")
+    add(
+        "--show-every",
+        type=int,
+        default=50,
+        help="steps between responses shown with their credit (0: never)",
+    )
     args = parser.parse_args(argv)
     if args.group_size < 2:
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
     if args.micro_batch % args.group_size:
-        raise BadInput(f"--micro-batch {args.micro_batch}: must be a multiple of --group-size {args.group_size}")
+        raise BadInput(
+            f"--micro-batch {args.micro_batch}: must be a multiple of --group-size {args.group_size}"
+        )
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        args.device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     return args
 
 
@@ -1259,6 +1359,7 @@ def positive(kind):
 
 def main(argv=None):
     """Run; where the input is bad, say so in one line and leave with status 2."""
+    transformers.logging.disable_progress_bar()
     try:
         run(parse_args(argv))
     except BadInput as error:
