@@ -1,0 +1,1101 @@
+# SPDX-License-Identifier: MIT
+"""Tests of rtt.py, in the order of its sections: slow obvious loops, finite differences, invariances.
+
+G responses a prompt, N = prompts * G, K rubrics, T response tokens; symbols as in rtt.py's opening table.
+Models are made here, tiny and with random weights; the tokenizer is that of data/tiny.
+"""
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import rtt
+
+HERE = Path(__file__).resolve().parent
+END, OTHER_END = 3, 4  # two end tokens of the tiny models
+
+
+def tiny_model(seed=0, vocab_size=23, dtype=torch.float32, **options):
+    """A Qwen2 with random weights, large enough that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = Qwen2Config(vocab_size=vocab_size, num_key_value_heads=2, initializer_range=0.3, **sizes, **options)
+    return Qwen2ForCausalLM(config).to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(HERE / "data" / "tiny")
+
+
+@pytest.fixture(scope="session")
+def folder(tokenizer, tmp_path_factory):
+    """A model folder: random weights, data/tiny's tokenizer, and dropout in its config."""
+    path = tmp_path_factory.mktemp("model")
+    ends = dict(eos_token_id=tokenizer.eos_token_id)
+    tiny_model(vocab_size=len(tokenizer), attention_dropout=0.5, **ends).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance, rtol=tolerance, check_dtype=False)
+    return True
+
+
+# ==================================================================================================
+# 1. Rubrics
+# ==================================================================================================
+
+
+def check(rubric_id, text, **kwargs):
+    return rtt.verify(rtt.make_rubric(rubric_id, kwargs), text)
+
+
+def unmark(marked):
+    """"a ⟦lamp⟧" -> "a lamp", [(2, 6)]; an empty ⟦⟧ at the end is the evidence of the end token."""
+    text, spans = "", []
+    for piece in marked.split("⟦"):
+        if "⟧" in piece:
+            inner, piece = piece.split("⟧")
+            spans.append((len(text), len(text) + len(inner)))
+            text += inner
+        text += piece
+    return text, spans
+
+
+# For each id: arguments, and responses with their evidence marked, satisfied ("+") or violated ("-").
+WORDS = dict(keywords=["lamp", "key"])
+AT_LEAST_2, LESS_THAN_2 = dict(relation="at least", frequency=2), dict(relation="less than", frequency=2)
+CASES = {
+    "keywords:existence": [
+        (WORDS, "+A ⟦LAMP⟧, two ⟦key⟧s, a c⟦lamp⟧."),  # any case, inside longer words
+        (WORDS, "-A lamp and no other."),  # a word that is missing has no characters
+        (dict(keywords=["a.b"]), "-axb"),  # literal text, no regular expression
+        (dict(keywords=["灯"]), "+😀 一盏⟦灯⟧"),
+    ],
+    "keywords:forbidden_words": [
+        (dict(forbidden_words=["dog", "cat"]), "+A hotdog and a category."),  # whole words only
+        (dict(forbidden_words=["dog", "cat"]), "-The ⟦Cat⟧'s ⟦dog⟧-house, a ⟦DOG⟧"),
+        (dict(forbidden_words=["élan"]), "-😀 ⟦Élan⟧"),
+    ],
+    "keywords:frequency": [
+        (dict(keyword="ow", **AT_LEAST_2), "+The c⟦ow⟧, the ⟦OW⟧l."),
+        (dict(keyword="ow", **AT_LEAST_2), "-The cow."),
+        (dict(keyword="ow", **LESS_THAN_2), "+The cow."),
+        (dict(keyword="ow", **LESS_THAN_2), "-The cow, the ⟦ow⟧l, n⟦ow⟧."),  # the surplus
+    ],
+    "length_constraints:number_sentences": [
+        (dict(num_sentences=2, relation="at least"), "+One⟦.⟧ Two⟦!?⟧"),
+        (dict(num_sentences=2, relation="at least"), '+"One⟦.⟧" Two⟦...⟧'),  # a quotation mark behind the dot
+        (dict(num_sentences=2, relation="at least"), "+One⟦.⟧ Two⟦⟧"),  # the last one without a full stop
+        (dict(num_sentences=2, relation="at least"), "-Mr. and Mrs. J. Fox paid 3.50, e.g. today.⟦⟧"),
+        (dict(num_sentences=2, relation="less than"), "-One. Two⟦.⟧ Three⟦⟧"),
+        (dict(num_sentences=2, relation="less than"), "+Only one!⟦⟧"),
+    ],
+    "length_constraints:number_words": [
+        (dict(num_words=3, relation="at least"), "+one two_2 drei⟦⟧"),
+        (dict(num_words=3, relation="at least"), "-... one, -- two !⟦⟧"),
+        (dict(num_words=3, relation="less than"), "+!?⟦⟧"),
+        (dict(num_words=3, relation="less than"), "-don't go⟦⟧"),  # three runs of letters
+    ],
+    "punctuation:no_comma": [({}, "+One; two、three."), ({}, "-One⟦,⟧ two⟦,⟧⟦,⟧")],
+    "startend:end_checker": [
+        (dict(end_phrase="The End."), "+So. ⟦the end.⟧"),
+        (dict(end_phrase=" The End. "), '+"So. ⟦The End.⟧"\n '),  # white space and outer quotes aside
+        (dict(end_phrase="The End."), "-The end. Or not.⟦⟧"),
+        (dict(end_phrase="so"), "+İİ ⟦so⟧"),  # lower() makes İ two characters
+        (dict(end_phrase="i̇"), "+⟦İ⟧"),
+    ],
+    "startend:quotation": [
+        ({}, '+ ⟦"⟧She said "yes"⟦"⟧\n'),
+        ({}, '-"She said "yes".⟦⟧'),
+        ({}, '-⟦S⟧he said "yes"'),
+        ({}, '-"⟦⟧'),  # one mark does not both open and close
+        ({}, "-⟦x⟧⟦⟧"),
+    ],
+    "change_case:english_lowercase": [
+        ({}, "+all small, ß 灯 😀"),
+        ({}, "-⟦A⟧ll ⟦İ⟧"),
+        ({}, "-123 !"),  # no letters at all
+    ],
+    "detectable_content:postscript": [
+        (dict(postscript_marker="P.S."), "+Bye. ⟦p. s.⟧ see you"),
+        (dict(postscript_marker="P.S."), "-Bye. PS: see you"),
+        (dict(postscript_marker="P.P.S"), "+P.S. one ⟦P.P.S⟧ two ⟦p. p. s⟧"),
+        (dict(postscript_marker="P.P.S"), "-P.S. one"),
+    ],
+    "detectable_format:title": [
+        ({}, "+⟦<<The Lamp>>⟧\nOnce"),
+        ({}, "-<<>>\n<< >>\n<<<>>>"),  # empty ones
+        ({}, "-<<The\nLamp>>"),
+        ({}, "-<The Lamp>"),
+    ],
+    "detectable_format:number_bullet_lists": [
+        (dict(num_bullets=2), "+So:\n⟦*⟧ a\n  ⟦-⟧ b\n** no bullet **"),
+        (dict(num_bullets=2), "-* a\nnot * this - one"),
+        (dict(num_bullets=2), "-* a\n- b\n⟦*⟧ c\n⟦-⟧ d"),  # the surplus
+    ],
+}
+FLAT = [(rubric_id, *case) for rubric_id, cases in CASES.items() for case in cases]
+
+
+def test_every_verifier_has_cases_of_both_verdicts():
+    assert set(CASES) == set(rtt.VERIFIERS)
+    assert all({text[0] for _, text in cases} == {"+", "-"} for cases in CASES.values())
+
+
+@pytest.mark.parametrize("rubric_id, kwargs, case", FLAT)
+def test_verdict_and_evidence(rubric_id, kwargs, case):
+    text, evidence = unmark(case[1:])
+    assert check(rubric_id, text, **kwargs) == (case[0] == "+", evidence)
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+@pytest.mark.parametrize("rubric_id", CASES)
+def test_an_empty_response_satisfies_nothing_and_the_end_token_is_to_blame(rubric_id, text):
+    assert check(rubric_id, text, **CASES[rubric_id][0][0]) == (False, [(len(text), len(text))])
+
+
+def flips(rubric_id, kwargs, text, verdict):
+    """Is the verdict another one after each character of the evidence was replaced?"""
+    new = '"' if rubric_id == "startend:quotation" and not verdict.satisfied else "x"
+    chars = list(text)
+    for start, end in verdict.evidence:
+        chars[start:end] = new * (end - start)
+    return check(rubric_id, "".join(chars), **kwargs).satisfied != verdict.satisfied
+
+
+# Pieces that verifiers stumble over, and what they look for.
+PIECES = ["lamp ", "KEY", "cat ", "Dog", "ow", ",", "Mr. ", "! ", "? ", ". ", "...", '"', "p. s.", "P.P.S", "<<", ">>"]
+PIECES += ["<<a>>", "\n* ", "\n- ", "\n** ", "\n", " ", "İ", "é", "灯", "😀", "e\u0301", "\u200d", "\ufffd", "The End.", "a", "Z"]
+
+
+@pytest.mark.parametrize("rubric_id", CASES)
+def test_fuzzed_evidence_lies_in_the_text_and_changing_it_flips_the_verdict(rubric_id):
+    rng, flipped = random.Random(0), 0
+    for _ in range(300):
+        text = "".join(rng.choices(PIECES, k=rng.randint(0, 12)))
+        kwargs = rng.choice(CASES[rubric_id])[0]
+        verdict = check(rubric_id, text, **kwargs)
+        assert all(0 <= start <= end <= len(text) for start, end in verdict.evidence)
+        assert verdict.evidence == sorted(verdict.evidence)
+        # Where the evidence holds the end, only a longer response could flip it. Sentences left out: a
+        # response without a sentence's full stop goes on with the next, and its last sentence needs none.
+        whole = verdict.evidence and all(start < end for start, end in verdict.evidence)
+        if whole and rubric_id != "length_constraints:number_sentences":
+            assert flips(rubric_id, kwargs, text, verdict), (text, verdict)
+            flipped += 1
+    assert flipped >= 5 or rubric_id.startswith("length_constraints")
+
+
+@pytest.mark.parametrize("rubric_id", CASES)
+def test_verifiers_stay_fast_on_a_long_response(rubric_id):
+    rubric = rtt.make_rubric(rubric_id, CASES[rubric_id][0][0])
+    for unit in ("<", ".", "!?", '."', "* ", "\n*", "\n", " ", "a.", "p. ", "lamp ", "-", "İ"):
+        start = time.process_time()
+        rtt.verify(rubric, unit * (20_000 // len(unit)) + "a")
+        assert time.process_time() - start < 0.5, unit  # what backtracks over the text takes seconds
+
+
+# --------------------------------------------------------------------------------------------------
+# Tasks
+
+ROW = dict(prompt="Tell a story.", instruction_id_list=["punctuation:no_comma"], kwargs=[{}])
+FREQUENCY = dict(keyword="a", frequency=2, relation="at least")
+
+
+def rubric_row(rubric_id, kwargs):
+    return ROW | dict(instruction_id_list=[rubric_id], kwargs=[kwargs])
+
+
+BAD_ROWS = {
+    "not JSON": '{"prompt": "Tell',
+    "not UTF-8": b'{"prompt": "\xff"}',
+    "a number too long": '{"prompt": ' + "1" * 5000 + "}",
+    "too deep": "[" * 100_000,
+    "not an object": "[1, 2]",
+    "no prompt": {k: v for k, v in ROW.items() if k != "prompt"},
+    "empty prompt": ROW | dict(prompt=""),
+    "prompt not text": ROW | dict(prompt=["Tell"]),
+    "no ids": {k: v for k, v in ROW.items() if k != "instruction_id_list"},
+    "no kwargs": {k: v for k, v in ROW.items() if k != "kwargs"},
+    "no rubric": ROW | dict(instruction_id_list=[], kwargs=[]),
+    "lists of different lengths": ROW | dict(kwargs=[{}, {}]),
+    "unknown id": rubric_row("punctuation:no_coma", {}),
+    "id not text": rubric_row(["punctuation:no_comma"], {}),
+    "kwargs not an object": rubric_row("punctuation:no_comma", "none"),
+    "missing kwarg": rubric_row("keywords:existence", {}),
+    "null kwarg": rubric_row("keywords:existence", {"keywords": None}),
+    "text for a list": rubric_row("keywords:existence", {"keywords": "lamp"}),
+    "empty list": rubric_row("keywords:existence", {"keywords": []}),
+    "empty word": rubric_row("keywords:forbidden_words", {"forbidden_words": ["a", " "]}),
+    "number not whole": rubric_row("keywords:frequency", FREQUENCY | dict(frequency=1.5)),
+    "number below 1": rubric_row("keywords:frequency", FREQUENCY | dict(frequency=0)),
+    "truth for a number": rubric_row("keywords:frequency", FREQUENCY | dict(frequency=True)),
+    "unknown relation": rubric_row("keywords:frequency", FREQUENCY | dict(relation="at most")),
+    "phrase not text": rubric_row("startend:end_checker", {"end_phrase": 7}),
+}
+
+
+def as_line(row):
+    return row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+
+
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_a_bad_row_is_one_line_that_names_file_and_line(row, tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(as_line(ROW) + b"\n\n" + as_line(row) + b"\n")
+    with pytest.raises(rtt.BadInput) as error:
+        rtt.load_tasks(path)
+    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_data_set_is_bad_input(content, tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(rtt.BadInput, match="train.jsonl"):
+        rtt.load_tasks(tmp_path)
+
+
+def test_a_missing_file_is_bad_input(tmp_path):
+    with pytest.raises(rtt.BadInput, match="none.jsonl"):
+        rtt.load_tasks(tmp_path / "none.jsonl")
+
+
+def test_rows_as_ifeval_ships_them_load_nulls_and_foreign_kwargs_ignored(tmp_path):
+    kwargs = {"keywords": ["lamp", "key"], "frequency": None, "relation": "most", "num_words": -1}
+    row = rubric_row("keywords:existence", kwargs) | dict(key=1000)
+    (tmp_path / "eval.jsonl").write_bytes(b"\xef\xbb\xbf" + as_line(row) + b"\r\n")  # also with a BOM
+    [task] = rtt.load_tasks(tmp_path, split="eval")
+    assert task.prompt == row["prompt"]
+    assert task.rubrics == [rtt.Rubric("keywords:existence", {"keywords": ["lamp", "key"]}, "use the word lamp, key")]
+
+
+def test_braces_in_a_kwarg_are_text():
+    assert rtt.make_rubric("keywords:existence", {"keywords": ["{keywords}"]}).criterion == "use the word {keywords}"
+
+
+# ==================================================================================================
+# 2. Rollouts
+# ==================================================================================================
+
+PROMPTS = [[5, 6], [7, 8, 9, 10, 11, 12, 13], [14]]
+
+
+def roll(model, prompts=PROMPTS, G=4, T=12, temperature=1.0, ends=(END, OTHER_END), pad=0, seeds=None):
+    seeds = range(len(prompts)) if seeds is None else seeds
+    return rtt.sample(model, prompts, G, T, temperature, ends, pad, list(seeds))
+
+
+def naive_logprobs(model, prompt, ids, temperature=1.0):
+    """No padding, no cache, no batch: one row through the model. Returns [len(ids)] and the entropies."""
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / temperature
+    logp = logits.log_softmax(-1)
+    return logp[range(len(ids)), ids], -(logp.exp() * logp).sum(-1)
+
+
+def rows_of(rollout, prompts=PROMPTS):
+    """(prompt, response ids without padding) of each of the N rows."""
+    G = len(rollout.ids) // len(prompts)
+    return [(prompts[i // G], ids[:n]) for i, (ids, n) in enumerate(zip(rollout.ids.tolist(), rollout.mask.sum(1)))]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@torch.no_grad()
+def test_sampler_and_scorer_agree_with_a_plain_forward_pass(temperature):
+    model = tiny_model()
+    rollout = roll(model, temperature=temperature)
+    ids, attention, T = rtt.trim(rollout, torch.arange(12), 4)
+    shared = rtt.token_logprobs(model, ids, attention, T, temperature, group_size=4)
+    single = rtt.token_logprobs(model, ids, attention, T, temperature)
+    assert shared.dtype == rollout.logprobs.dtype == torch.float32
+    assert rollout.mask.sum(1).unique().numel() > 2  # ragged
+    for i, (prompt, response) in enumerate(rows_of(rollout)):
+        logp, entropy = naive_logprobs(model, prompt, response, temperature)
+        n = len(response)
+        assert close(rollout.logprobs[i, :n], logp, 1e-4) and close(rollout.entropy[i, :n], entropy, 1e-4)
+        assert close(shared[i, :n], logp, 1e-4) and close(single[i, :n], logp, 1e-4)
+
+
+def test_gradients_flow_through_the_shared_prompt():
+    model = tiny_model()
+    ids, attention, T = rtt.trim(roll(model), torch.arange(12), 4)
+    gradients = []
+    for group_size in (1, 4):
+        rtt.token_logprobs(model, ids, attention, T, group_size=group_size)[attention[:, -T:] > 0].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+    assert close(gradients[1] / gradients[0].norm(), gradients[0] / gradients[0].norm())
+
+
+def test_samples_of_a_prompt_do_not_depend_on_the_rest_of_the_batch():
+    model = tiny_model()
+    batch = roll(model, seeds=[1, 2, 3])
+    for p in range(3):
+        alone = roll(model, [PROMPTS[p]], seeds=[1 + p])
+        rows = slice(4 * p, 4 * p + 4)
+        n = alone.ids.shape[1]
+        assert torch.equal(alone.ids, batch.ids[rows, :n]) and not batch.mask[rows, n:].any()
+        assert close(alone.logprobs, batch.logprobs[rows, :n])
+    assert len({tuple(row) for row in batch.ids.tolist()}) > 8  # and differ within a group
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@torch.no_grad()
+def test_sampled_tokens_follow_the_softmax_at_that_temperature(temperature):
+    model, G = tiny_model(), 20_000
+    counts = roll(model, [[5, 6]], G, T=1, temperature=temperature).ids[:, 0].bincount(minlength=23)
+    p = (model(torch.tensor([[5, 6]])).logits[0, -1] / temperature).softmax(-1)
+    assert ((counts / G - p).abs() < 4 * (p * (1 - p) / G).sqrt() + 1e-4).all()
+
+
+def test_draw_gives_each_token_its_share_of_the_unit_interval():
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    tokens = rtt.draw(p.log().expand(1000, -1), uniform)
+    assert tokens.bincount(minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
+    assert rtt.draw(p.log()[None], torch.zeros(1)) == 1  # not token 0, which has no share
+
+
+@pytest.mark.parametrize("pad", [0, END])
+def test_end_tokens_are_in_the_mask_and_the_pad_token_confuses_nothing(pad):
+    rollout = roll(tiny_model(), G=16, pad=pad)
+    last = []
+    for ids, mask, truncated in zip(rollout.ids.tolist(), rollout.mask.tolist(), rollout.truncated.tolist()):
+        n = sum(mask)
+        assert mask == [1] * n + [0] * (len(mask) - n)
+        assert not {END, OTHER_END} & set(ids[: n - 1])  # ended where it ended
+        assert truncated == (ids[n - 1] not in (END, OTHER_END)) and (n == 12 or not truncated)
+        assert set(ids[n:]) <= {pad}
+        last.append("truncated" if truncated else ids[n - 1])
+    assert set(last) == {END, OTHER_END, "truncated"}
+    assert not rollout.logprobs[rollout.mask == 0].any() and (rollout.logprobs[rollout.mask > 0] < 0).all()
+
+
+def test_sampling_ignores_the_generation_config():
+    model = tiny_model()
+    expected = roll(model).ids
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=9.0)
+    assert torch.equal(roll(model).ids, expected)
+
+
+def test_dropout_of_the_config_is_off_in_sampling_and_in_training(folder):
+    policy = rtt.load_policy(str(folder), "cpu")
+    rollout = roll(policy.model, [[50, 51, 52]], ends=policy.end_ids)
+    ids, attention, T = rtt.trim(rollout, torch.arange(4), 4)
+    policy.model.train()
+    assert close(rtt.token_logprobs(policy.model, ids, attention, T, group_size=4), rollout.logprobs, 1e-4)
+
+
+def test_sampling_needs_no_gradient_and_leaves_training_mode():
+    model = tiny_model().train()
+    assert not roll(model).logprobs.requires_grad and not model.training
+
+
+def test_prompts_are_prefilled_once_and_ended_responses_cost_nothing(monkeypatch):
+    model, seen = tiny_model(), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **kw: seen.append(tuple(ids.shape)) or forward(ids, **kw))
+    lengths = roll(model).mask.sum(1).tolist()
+    expected = [(3, 7)]  # P prompts of up to 7 tokens, then one token of each response that goes on
+    for t in range(1, 12):
+        going = sum(n > t for n in lengths)
+        expected += [(going, 1)] if going else []
+    assert seen == expected and expected[1][0] > expected[-1][0]
+
+
+# ==================================================================================================
+# 3. Verdicts, and characters to tokens
+# ==================================================================================================
+
+
+def byte_tokens(tokenizer, text, rng):
+    """A tokenization of the text that its tokenizer would never choose, down to single bytes."""
+    mapped = "".join(piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    assert len(mapped) == len(text.encode())  # byte-level BPE: one letter of its alphabet a byte
+    vocabulary, ids = tokenizer.get_vocab(), []
+    while mapped:
+        sizes = [n for n in range(1, 6) if mapped[:n] in vocabulary]
+        n = rng.choice(sizes)
+        ids, mapped = ids + [vocabulary[mapped[:n]]], mapped[n:]
+    return ids
+
+
+def single_bytes(tokenizer, text):
+    [(mapped, _)] = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return tokenizer.convert_tokens_to_ids(list(mapped))
+
+
+TEXTS = ["A lamp 😀 and 灯。 élan", "😀😀", "", " x", "é 👩‍🚀 \n\n end.", "İ ß “quoted”"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("how", ["canonical", "bytes", "truncated"])
+def test_token_spans_are_the_characters_whose_bytes_a_token_holds(tokenizer, text, how):
+    rng = random.Random(0)
+    for _ in range(1 if how == "canonical" else 5):
+        ids = tokenizer(text).input_ids if how == "canonical" else byte_tokens(tokenizer, text, rng)
+        ids = ids[: rng.randint(0, len(ids))] if how == "truncated" else ids
+        sizes = [len(tokenizer.convert_ids_to_tokens(i)) for i in ids]  # in bytes
+        shown = text.encode()[: sum(sizes)].decode(errors="replace")  # a cut character shows as \ufffd
+        owner, byte = [], 0  # for each byte, its character
+        for c, char in enumerate(shown):
+            width = len(char.encode()) if text.startswith(shown[: c + 1]) else sum(sizes) - byte
+            owner, byte = owner + [c] * width, byte + width
+        expected, start = [], 0
+        for n in sizes:
+            expected.append((owner[start], owner[start + n - 1] + 1))
+            start += n
+        assert rtt.token_spans(tokenizer, [ids]) == ([shown], [expected])
+
+
+def test_evidence_reaches_every_token_of_a_split_character_and_no_other(tokenizer):
+    ids = byte_tokens(tokenizer, "灯a", random.Random(1))
+    [text], [tokens] = rtt.token_spans(tokenizer, [ids])
+    assert rtt.evidence_to_tokens([(0, 1)], tokens) == [1.0] * (len(ids) - 1) + [0.0]
+    assert rtt.evidence_to_tokens([(1, 2)], tokens) == [0.0] * (len(ids) - 1) + [1.0]
+    assert rtt.evidence_to_tokens([], tokens) == [0.0] * len(ids)
+
+
+def graded(tokenizer, responses, rubric_lists, ended):
+    """`grade` on responses given as token ids; the end token is added where ended."""
+    responses = [ids + [tokenizer.eos_token_id] * end for ids, end in zip(responses, ended)]
+    T = max(map(len, responses))
+    ids = torch.tensor([row + [tokenizer.eos_token_id] * (T - len(row)) for row in responses])
+    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in responses])
+    rollout = rtt.Rollout(None, None, ids, mask, None, None, ~torch.tensor(ended))
+    tasks = [rtt.Task("p", [rtt.make_rubric(i, kw) for i, kw in rubrics]) for rubrics in rubric_lists]
+    return rtt.grade(tokenizer, rollout, tasks)
+
+
+def test_grade_marks_the_tokens_of_the_evidence_without_encoding_again(tokenizer):
+    text = "😀 One, two."
+    ids = byte_tokens(tokenizer, text, random.Random(2))
+    rubrics = [("punctuation:no_comma", {}), ("length_constraints:number_words", dict(num_words=3, relation="at least"))]
+    texts, verdicts, evidence = graded(tokenizer, [ids, ids], [rubrics, rubrics[:1]], [True, False])
+    commas = [float("," in tokenizer.decode([i])) for i in ids]
+    assert texts == [text, text] and sum(commas) == 1
+    assert verdicts.tolist() == [[-1, -1], [-1, 0]]  # 0: the second prompt has one rubric
+    assert evidence.tolist() == [[commas + [0.0], [0.0] * len(ids) + [1.0]], [commas + [0.0], [0.0] * (len(ids) + 1)]]
+
+
+@pytest.mark.parametrize("cut", ["<|im_start|>", "bytes"])
+def test_a_truncated_response_has_no_end_token_to_blame(tokenizer, cut):
+    # The last token writes nothing of its own: a special token, or the second byte of a cut emoji.
+    tail = [tokenizer.convert_tokens_to_ids(cut)] if cut != "bytes" else single_bytes(tokenizer, "😀")[:2]
+    rubrics = [("length_constraints:number_words", dict(num_words=9, relation="at least"))]
+    _, _, evidence = graded(tokenizer, [tokenizer("One").input_ids + tail], [rubrics], [False])
+    assert not evidence.any()
+
+
+def test_response_reward_counts_only_rubrics_that_exist():
+    verdicts = torch.tensor([[1, 1, 1], [1, -1, 0], [1, 0, 0], [-1, -1, -1]])
+    assert rtt.response_reward(verdicts).tolist() == [1, 0, 1, 0]
+    assert rtt.response_reward(verdicts, "csr").tolist() == [1, 0.5, 1, 0]
+    assert rtt.response_reward(verdicts[:, None].float(), "csr").tolist() == [[1], [0.5], [1], [0]]
+
+
+# ==================================================================================================
+# 4. Relevance
+# ==================================================================================================
+
+
+@pytest.fixture
+def discriminator(folder, tokenizer):
+    torch.manual_seed(0)
+    return rtt.RelevanceDiscriminator(folder, tokenizer, 1e-2, "cpu")
+
+
+def responses(N=6, T=9, seed=0):
+    """ids and mask [N, T] of ragged random responses, token 77 here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(70, 80, (N, T), generator=generator)
+    lengths = torch.randint(1, T + 1, (N, 1), generator=generator)
+    return ids, (torch.arange(T) < lengths).long()
+
+
+CRITERIA = [["find it", "a", "b"], ["find it"], ["a much longer criterion, with more words", "find it"]] * 2
+
+
+def test_relevance_is_a_probability_and_0_at_padding_and_for_absent_rubrics(discriminator):
+    ids, mask = responses()
+    relevance = discriminator.predict(CRITERIA, ids, mask)
+    present = torch.tensor([[[k < len(texts)] for k in range(3)] for texts in CRITERIA]) & (mask[:, None] > 0)
+    assert relevance.shape == (6, 3, 9) and not relevance.requires_grad
+    assert ((relevance > 0) & (relevance < 1))[present].all() and not relevance[~present].any()
+
+
+def test_relevance_does_not_depend_on_the_batch(discriminator):
+    ids, mask = responses()
+    together = discriminator.predict(CRITERIA, ids, mask)
+    assert close(discriminator.predict(CRITERIA, ids, mask, batch=2), together)
+    assert close(discriminator.predict(CRITERIA[::-1], ids.flip(0), mask.flip(0)).flip(0), together)
+    garbage = torch.where(mask > 0, ids, 5)
+    assert close(discriminator.predict(CRITERIA, garbage, mask), together)
+    for i, texts in enumerate(CRITERIA):
+        n = int(mask[i].sum())
+        [alone] = discriminator.predict([texts], ids[i : i + 1, :n], mask[i : i + 1, :n])
+        assert close(alone, together[i, : len(texts), :n])
+
+
+def test_the_discriminator_learns_from_the_evidence_and_from_the_criterion(discriminator):
+    ids, mask = responses(16)
+    criteria = [["find it", "leave it"]] * 16
+    evidence = torch.stack([(ids == 77), torch.zeros_like(ids)], 1).float() * mask[:, None]
+    before = rtt.f1_and_auroc(*score(discriminator, criteria, ids, mask, evidence))
+    torch.manual_seed(0)
+    for _ in range(60):
+        discriminator.fit(criteria, ids, mask, evidence)
+    after = rtt.f1_and_auroc(*score(discriminator, criteria, ids, mask, evidence))
+    assert before[0] < 0.5 and after[0] > 0.9 and after[1] > 0.97
+
+
+def score(discriminator, criteria, ids, mask, evidence):
+    relevance = discriminator.predict(criteria, ids, mask)
+    return rtt.scored_tokens(relevance, evidence, torch.ones(evidence.shape[:2]), mask)
+
+
+def test_f1_and_auroc_against_a_loop_over_pairs_with_ties():
+    scores = torch.tensor([0.9, 0.7, 0.7, 0.7, 0.5, 0.2, 0.2, 0.6])
+    labels = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    pairs = [(p, n) for p, a in zip(scores, labels) if a for n, b in zip(scores, labels) if not b]
+    auroc = sum((p > n) + 0.5 * (p == n) for p, n in pairs) / len(pairs)
+    hits, predicted = 3, 5  # above 0.5: three of the four positives
+    precision, recall = hits / predicted, hits / 4
+    assert close(torch.tensor(rtt.f1_and_auroc(scores, labels)), [2 * precision * recall / (precision + recall), auroc])
+
+
+def test_scored_tokens_leave_out_padding_and_absent_rubrics():
+    evidence = torch.arange(8.0).view(1, 2, 4)
+    verdicts, mask = torch.tensor([[-1, 0]]), torch.tensor([[1, 1, 1, 0]])
+    assert rtt.scored_tokens(evidence, evidence, verdicts, mask)[1].tolist() == [0, 1, 2]
+
+
+# ==================================================================================================
+# 5. Advantages
+# ==================================================================================================
+
+
+def normalize(values, eps):
+    """(x - mean) / (std + eps) of a list."""
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((x - mean) ** 2 for x in values) / len(values))
+    return [(x - mean) / (std + eps) for x in values]
+
+
+def loop_token_advantage(verdicts, relevance, lengths, partition, eps=0.1):
+    """DESIGN's definition, one number at a time: verdicts [G][K], relevance [G][K][T] -> {(i, t): advantage}."""
+    G, K = len(verdicts), len(verdicts[0])
+    places = [(i, t) for i in range(G) for t in range(lengths[i])]
+    reward = {(i, k, t): verdicts[i][k] * relevance[i][k][t] for i, t in places for k in range(K)}
+    total = dict.fromkeys(places, 0.0)
+    if partition == "rubric":
+        means = [sum(reward[i, k, t] for k in range(K)) / K for i, t in places]
+        return dict(zip(places, normalize(means, eps)))
+    for k in range(K):
+        if partition == "intra":
+            for i in range(G):
+                row = normalize([reward[i, k, t] for t in range(lengths[i])], eps)
+                for t, value in enumerate(row):
+                    total[i, t] += value / K
+        elif partition == "inter":
+            for (i, t), value in zip(places, normalize([reward[i, k, t] for i, t in places], eps)):
+                total[i, t] += value / K
+        else:
+            signs = normalize([verdicts[i][k] for i in range(G)], eps)
+            for i, t in places:
+                total[i, t] += signs[i] * relevance[i][k][t] / K
+    return total
+
+
+def random_group(G=4, K=3, T=6, seed=0):
+    """verdicts [G, K] int, relevance [G, K, T], mask [G, T] ragged, and the lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    verdicts = torch.randint(2, (G, K), generator=generator) * 2 - 1
+    relevance = torch.rand(G, K, T, generator=generator)
+    lengths = [T] + torch.randint(1, T, (G - 1,), generator=generator).tolist()
+    return verdicts, relevance, (torch.arange(T) < torch.tensor(lengths)[:, None]).long(), lengths
+
+
+def test_response_advantage_against_a_loop():
+    rewards = [1.0, 0.0, 0.25, 1.0, 0.5]
+    assert close(rtt.response_advantage(torch.tensor(rewards)), normalize(rewards, 1e-6))
+
+
+@pytest.mark.parametrize("rewards", [[0, 0, 0], [1, 1], [0.1, 0.1, 0.1], [1 / 3] * 7, [0.7]])
+def test_equal_rewards_give_exactly_0_and_a_group_of_1_no_nan(rewards):
+    assert rtt.response_advantage(torch.tensor(rewards)).tolist() == [0.0] * len(rewards)
+
+
+@pytest.mark.parametrize("partition", rtt.PARTITIONS)
+def test_partitions_against_loops_with_1_2_and_7_rubrics_in_one_ragged_batch(partition):
+    G, T, sizes = 4, 6, (1, 7, 2)
+    groups = [random_group(G, K, T, seed=K) for K in sizes]
+    verdicts, relevance = torch.zeros(3 * G, 7, dtype=torch.long), torch.full((3 * G, 7, T), 0.3)
+    for p, (v, w, _, _) in enumerate(groups):
+        rows = slice(p * G, p * G + G)
+        verdicts[rows, : sizes[p]], relevance[rows, : sizes[p]] = v, w
+    mask = torch.cat([m for _, _, m, _ in groups])
+    relevance += 100.0 * (1 - mask[:, None])  # garbage at padding
+    args = SimpleNamespace(group_size=G, partition=partition, alpha=0.5, combine="add")
+    rewards = rtt.response_reward(verdicts, "csr")
+    combined = rtt.group_advantages(rewards, verdicts, relevance, mask, args)  # [N, T]
+    for p, (v, w, _, lengths) in enumerate(groups):
+        expected = loop_token_advantage(v.tolist(), w.tolist(), lengths, partition)
+        response = normalize([((row > 0).sum() / len(row)).item() for row in v], 1e-6)
+        for i in range(G):
+            for t in range(T):
+                value = response[i] + 0.5 * expected[i, t] if t < lengths[i] else 0.0
+                assert close(combined[p * G + i, t], value), (p, i, t)
+
+
+@pytest.mark.parametrize("partition", rtt.PARTITIONS)
+def test_permuting_the_group_permutes_the_advantages(partition):
+    verdicts, relevance, mask, _ = random_group()
+    order = torch.tensor([2, 0, 3, 1])
+    rewards = rtt.response_reward(verdicts, "csr")
+    assert close(rtt.response_advantage(rewards[order]), rtt.response_advantage(rewards)[order])
+    permuted = rtt.token_advantage(verdicts[order], relevance[order], mask[order], partition)
+    assert close(permuted, rtt.token_advantage(verdicts, relevance, mask, partition)[order])
+
+
+@pytest.mark.parametrize("partition", rtt.PARTITIONS)
+def test_an_irrelevant_response_or_a_single_one_gives_no_nan(partition):
+    one, ones = torch.tensor([[1, -1]]), torch.ones(1, 3)
+    for relevance in (torch.zeros(1, 2, 3), torch.ones(1, 2, 3)):
+        assert rtt.token_advantage(one, relevance, ones, partition).isfinite().all()
+    assert not rtt.token_advantage(one, torch.zeros(1, 2, 3), ones, partition).any()
+
+
+def test_release_trap_reshape_for_permute_mixes_the_rubrics_of_different_responses():
+    """The authors' release turns [G, K, T] into [K, G, T] by reshape; that is another, wrong, number."""
+    verdicts, relevance, mask, _ = random_group()
+    mask = torch.ones_like(mask)
+    reward = verdicts[..., None] * relevance  # [G, K, T]
+    right = torch.stack([torch.tensor(normalize(row.flatten().tolist(), 0.1)) for row in reward.permute(1, 0, 2)])
+    wrong = torch.stack([torch.tensor(normalize(row.flatten().tolist(), 0.1)) for row in reward.reshape(3, 4, 6)])
+    advantage = rtt.token_advantage(verdicts, relevance, mask, "inter")
+    assert close(advantage, right.view(3, 4, 6).mean(0))
+    assert (advantage - wrong.view(3, 4, 6).mean(0)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("partition", rtt.PARTITIONS)
+def test_release_trap_float_relevance_in_an_integer_tensor_is_cut_to_0(partition):
+    """The authors' release writes relevance into a tensor of the verdicts' type, so 0.5 becomes 0."""
+    verdicts, _, mask, _ = random_group()
+    relevance = torch.full((4, 3, 6), 0.5)
+    relevance[:, :, ::2] = 0.25
+    advantage = rtt.token_advantage(verdicts, relevance, mask, partition)
+    assert advantage.dtype == torch.float32 and advantage.abs().max() > 0.05
+    assert torch.equal(advantage, rtt.token_advantage(verdicts.float(), relevance, mask.float(), partition))
+
+
+def test_the_noise_of_a_relevance_that_sees_nothing_is_not_blown_up_to_unit_size():
+    noise = 0.01 + 0.01 * torch.randn(4, 3, 40, generator=torch.Generator().manual_seed(0))
+    verdicts, mask = random_group(T=40)[0], torch.ones(4, 40)
+    blown_up = rtt.token_advantage(verdicts, noise, mask, "intra", eps=1e-6)
+    assert rtt.token_advantage(verdicts, noise, mask, "intra").square().mean().sqrt() < 0.1
+    assert blown_up.square().mean().sqrt() > 0.4  # what it would be
+    found = torch.zeros(4, 3, 40).index_fill(2, torch.tensor([7]), 1.0)  # one relevant token of 40
+    assert (rtt.token_advantage(torch.ones(4, 3), found, mask, "intra")[:, 7] > 3).all()
+
+
+def test_verdict_partition_gives_nothing_where_irrelevant_or_where_the_group_agrees():
+    verdicts = torch.tensor([[1, 1], [1, -1]])  # the group agrees on the first rubric
+    relevance = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]).expand(2, 2, 3)
+    advantage = rtt.token_advantage(verdicts, relevance, torch.ones(2, 3), "verdict")
+    assert (advantage[:, [0, 2]] == 0).all() and close(advantage[:, 1], torch.tensor([0.5, -0.5]) / 1.1)
+
+
+@pytest.mark.parametrize("how, expected", [("add", [[2.25, 1.75], [-1.0, 0.0]]), ("mix", [[1.75, 1.25], [-0.75, 0.0]])])
+def test_combine_advantages(how, expected):
+    response, token = torch.tensor([2.0, -1.0]), torch.tensor([[1.0, -1.0], [0.0, 9.0]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    assert rtt.combine_advantages(response, token, mask, alpha=0.25, how=how).tolist() == (
+        expected if how == "add" else [[0.75 * 2 + 0.25, 0.75 * 2 - 0.25], [-0.75, 0.0]]
+    )
+
+
+# ==================================================================================================
+# 6. Exchangeability
+# ==================================================================================================
+
+
+def test_min_replace_gives_each_group_its_minimum():
+    assert rtt.min_replace(torch.tensor([[3.0, 1, 2], [5, 6, 4]])).tolist() == [[1, 1, 1], [4, 4, 4]]
+
+
+def test_adv_orthogonal_weights_cancel_and_move_no_more_than_they_must():
+    w, adv = torch.rand(5, 8) + 0.5, torch.randn(5, 8)
+    new = rtt.adv_orthogonal(w, adv)
+    assert close((adv * new).sum(1), torch.zeros(5))
+    change = w - new  # the change is along adv: no other weights that cancel are nearer
+    assert close(change, adv * (change * adv).sum(1, keepdim=True) / adv.square().sum(1, keepdim=True))
+    assert rtt.adv_orthogonal(w, torch.zeros(5, 8)).equal(w)
+
+
+def loop_residual(coef, ids, mask):
+    G, T = ids.shape
+    groups = [{} for _ in range(G)]
+    for i in range(G):
+        for t in range(T):
+            if mask[i, t]:
+                groups[i].setdefault(int(ids[i, t]), []).append(float(coef[i, t]))
+    tax = push = 0.0
+    for v in set.intersection(*map(set, groups)):
+        means = [sum(g[v]) / len(g[v]) for g in groups]
+        tax, push = tax + abs(sum(means)), push + sum(map(abs, means))
+    return tax / push if push else 0.0
+
+
+def test_cancellation_residual_against_a_loop():
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        ids, coef = torch.randint(50, 56, (3, 8), generator=generator), torch.randn(3, 8, generator=generator)
+        mask = torch.randint(2, (3, 8), generator=generator)
+        assert close(rtt.cancellation_residual(coef, ids, mask), loop_residual(coef, ids, mask))
+
+
+def test_cancellation_residual_is_0_when_balanced_1_when_all_push_alike():
+    ids, mask = torch.tensor([[5, 6, 7], [5, 8, 6]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    balanced = torch.tensor([[1.0, 9, 9], [-1, 9, 9]])  # 5 is shared; 6 is padding in one; 7 and 8 are not
+    assert rtt.cancellation_residual(balanced, ids, mask) == 0.0
+    assert rtt.cancellation_residual(balanced.abs(), ids, mask) == 1.0
+    assert rtt.cancellation_residual(balanced, torch.tensor([[1, 2, 3], [4, 5, 6]]), mask) == 0.0
+
+
+# ==================================================================================================
+# 7. The update
+# ==================================================================================================
+
+CLIPS = {"gspo": (0.1, 0.1)}  # the others: (0.2, 0.2)
+
+
+def loss_case(seed=0, P=2, G=4, T=5, spread=0.4, dtype=torch.float64):
+    """logprobs (with gradient), old, advantages constant in each response, mask: [N, T], ratios far from 1."""
+    generator = torch.Generator().manual_seed(seed)
+    old = -3 * torch.rand(P * G, T, generator=generator, dtype=dtype)
+    logprobs = (old + spread * torch.randn(P * G, T, generator=generator, dtype=dtype)).requires_grad_()
+    A = torch.randn(P, G, generator=generator, dtype=dtype)
+    A = (A - A.mean(1, keepdim=True)).view(-1, 1)
+    mask = (torch.arange(T) < torch.randint(1, T + 1, (P * G, 1), generator=generator)).long()
+    return logprobs, old, A * mask, mask
+
+
+def loop_coef(logprobs, old, advantages, mask, G, loss, low, high):
+    """DESIGN's table, one token at a time: advantage * weight, [N, T]."""
+    N, T = mask.shape
+    coef = torch.zeros(N, T, dtype=logprobs.dtype)
+    lengths = [int(n) for n in mask.sum(1)]
+    log_ratio = (logprobs - old).tolist()
+    s = [math.exp(sum(log_ratio[i][: lengths[i]]) / lengths[i]) for i in range(N)]
+    mean = [sum(advantages[i].tolist()) / lengths[i] for i in range(N)]
+    clip = lambda x: min(max(x, 1 - low), 1 + high)
+    # PPO: the gradient is dead only where the clip makes the objective smaller
+    ppo = lambda x, A: 0.0 if (A > 0 and x > 1 + high) or (A < 0 and x < 1 - low) else x
+    for i in range(N):
+        group = range(i // G * G, i // G * G + G)
+        dot = sum(mean[j] * s[j] for j in group) / sum(mean[j] ** 2 for j in group)
+        for t in range(lengths[i]):
+            A, rho = float(advantages[i, t]), math.exp(log_ratio[i][t])
+            coef[i, t] = A * {
+                "grpo": ppo(rho, A),
+                "grpo-fix": clip(rho),
+                "gspo": ppo(s[i], A) / lengths[i],
+                "dfpo-min": min(s[j] for j in group),
+                "dfpo-orth": s[i] - dot * mean[i],
+            }[loss]
+    return coef
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["response-level", "token-level"])
+@pytest.mark.parametrize("loss", rtt.LOSSES)
+def test_coef_is_the_table_of_the_methods_and_minus_the_gradient(loss, constant):
+    logprobs, old, advantages, mask = loss_case()
+    if not constant:
+        advantages = advantages + 0.3 * torch.randn_like(advantages) * mask
+    clip = CLIPS.get(loss, (0.2, 0.2))
+    value, stats = rtt.policy_loss(logprobs, old, advantages, mask, 4, loss, clip)
+    value.backward()
+    denominator = len(mask) if loss == "gspo" else mask.sum()
+    assert close(stats["coef"], loop_coef(logprobs, old, advantages, mask, 4, loss, *clip))
+    assert close(logprobs.grad, -stats["coef"] / denominator)
+    assert not logprobs.grad[mask == 0].any()
+
+
+@pytest.mark.parametrize("loss", rtt.LOSSES)
+def test_padding_may_hold_anything(loss):
+    logprobs, old, advantages, mask = loss_case(dtype=torch.float32)
+    garbage = torch.where(mask > 0, logprobs, -200.0).detach().requires_grad_()  # exp(200) is infinite
+    clean, stats = rtt.policy_loss(logprobs, old, advantages, mask, 4, loss)
+    dirty, dirty_stats = rtt.policy_loss(garbage, old * mask, advantages, mask, 4, loss)
+    dirty.backward()
+    assert close(dirty, clean) and garbage.grad.isfinite().all()
+    assert close(dirty_stats["coef"], stats["coef"])
+    assert dirty_stats["approx_kl"] == pytest.approx(stats["approx_kl"]) and math.isfinite(stats["approx_kl"])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+@pytest.mark.parametrize("A", [1.0, -1.0])
+@pytest.mark.parametrize("ratio, side", [(0.5, "below"), (0.9, "inside"), (1.1, "inside"), (1.5, "above")])
+def test_ppo_clip_is_one_sided_for_either_sign_of_the_advantage(loss, A, ratio, side):
+    alive = not (A > 0 and side == "above") and not (A < 0 and side == "below")
+    mask, old = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.float64)
+    at = lambda x: rtt.policy_loss(torch.full((1, 1), x, dtype=torch.float64), old, A * old.exp(), mask, 1, loss)
+    x, h = math.log(ratio), 1e-6
+    slope = (at(x + h)[0] - at(x - h)[0]) / (2 * h)  # of the loss value itself; gspo's has stop-gradients
+    expected = -A * ratio if alive else 0.0
+    logprob = torch.full((1, 1), x, dtype=torch.float64, requires_grad=True)
+    value, stats = rtt.policy_loss(logprob, old, A * old.exp(), mask, 1, loss)
+    value.backward()
+    assert close(slope, expected, 1e-6) and close(logprob.grad, [[expected]])
+    assert stats["clip_fraction"] == (not alive)
+
+
+def test_on_policy_the_token_mean_losses_have_the_same_gradient():
+    gradients = []
+    for loss in ("grpo", "grpo-fix", "dfpo-min", "dfpo-orth"):
+        logprobs, _, advantages, mask = loss_case()
+        value, stats = rtt.policy_loss(logprobs, logprobs.detach(), advantages, mask, 4, loss)
+        value.backward()
+        gradients.append(logprobs.grad)
+        assert stats["clip_fraction"] == 0 and stats["approx_kl"] == 0
+    assert close(gradients[0], -advantages / mask.sum())
+    assert all(close(gradient, gradients[0]) for gradient in gradients)
+
+
+def test_gspo_token_by_token_is_the_gradient_of_the_sequence_objective():
+    logprobs, old, advantages, mask = loss_case(spread=0.2)
+    low, high = 0.1, 0.1
+
+    def objective(x):  # mean over responses of min(s A, clip(s) A), s the geometric mean ratio
+        s = (((x - old) * mask).sum(1) / mask.sum(1)).exp()
+        return torch.min(s * advantages[:, 0], s.clamp(1 - low, 1 + high) * advantages[:, 0]).mean()
+
+    value, stats = rtt.policy_loss(logprobs, old, advantages, mask, 4, "gspo", (low, high))
+    value.backward()
+    assert close(value, -objective(logprobs)) and 0 < stats["clip_fraction"] < 1
+    for i, t in ((i, t) for i in range(8) for t in range(5)):
+        step = torch.zeros_like(old)
+        step[i, t] = 1e-6
+        slope = (objective(logprobs + step) - objective(logprobs - step)) / 2e-6
+        assert close(logprobs.grad[i, t], -slope, 1e-7)
+
+
+def test_k3_is_the_kl_on_average_and_never_negative():
+    p, q = torch.randn(2, 7, dtype=torch.float64).log_softmax(1)
+    assert (rtt.k3(p, q) > 0).all() and (rtt.k3(p, p) == 0).all()
+    kl = sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist()))  # KL(p || q), tokens sampled from p
+    assert close((p.exp() * rtt.k3(p, q)).sum(), torch.tensor(kl).double(), 1e-9)
+
+
+def options(**given):
+    defaults = dict(updates=1, group_size=4, micro_batch=0, loss="grpo", clip=None, temperature=1.3)
+    return SimpleNamespace(**defaults | dict(max_grad_norm=1e9, kl=0.0) | given)
+
+
+def off_policy_rollout(model, spread=0.3):
+    """A rollout of three groups of different lengths, its log-probs perturbed as if the policy had moved."""
+    rollout = roll(model, temperature=1.3, T=9)
+    noise = torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(0))
+    rollout.logprobs += spread * noise * rollout.mask
+    A = torch.randn(12, 1, generator=torch.Generator().manual_seed(1))
+    return rollout, A * rollout.mask
+
+
+def gradient_of_update(model, rollout, advantages, args, reference=None):
+    """What one step of SGD at learning rate 1 subtracts from the weights, and the statistics."""
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    stats = rtt.update(model, torch.optim.SGD(model.parameters(), 1.0), rollout, advantages, args, reference)
+    return before - torch.cat([p.detach().flatten() for p in model.parameters()]), stats
+
+
+def flat_grad(value, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("loss", rtt.LOSSES)
+def test_the_size_of_micro_batches_changes_neither_gradient_nor_statistics(loss):
+    results = []
+    for micro_batch in (0, 4, 8):
+        model = tiny_model()
+        rollout, advantages = off_policy_rollout(model)
+        assert len(set(rollout.mask.view(3, 4, -1).sum((1, 2)).tolist())) == 3  # groups of different lengths
+        args = options(loss=loss, micro_batch=micro_batch, clip=CLIPS.get(loss))
+        results.append(gradient_of_update(model, rollout, advantages, args))
+    whole, stats = results[0]
+    for gradient, other in results[1:]:
+        assert close(gradient / whole.norm(), whole / whole.norm(), 1e-5)
+        assert other == pytest.approx(stats, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", rtt.LOSSES)
+def test_update_descends_the_loss_of_plain_forward_passes(loss):
+    model = tiny_model()
+    rollout, advantages = off_policy_rollout(model)
+    logprobs = torch.zeros(rollout.mask.shape)
+    for i, (prompt, response) in enumerate(rows_of(rollout)):  # no padding, no cache, no batch
+        logprobs[i, : len(response)] = naive_logprobs(model, prompt, response, 1.3)[0]
+    clip = CLIPS.get(loss, (0.2, 0.2))
+    value, _ = rtt.policy_loss(logprobs, rollout.logprobs, advantages, rollout.mask, 4, loss, clip)
+    expected = flat_grad(value, model)
+    gradient, stats = gradient_of_update(model, rollout, advantages, options(loss=loss, clip=clip))
+    assert close(gradient / expected.norm(), expected / expected.norm(), 1e-5)
+    assert stats["loss"] == pytest.approx(value.item(), rel=1e-4)
+    assert stats["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
+
+
+def test_the_end_token_is_trained():
+    model = tiny_model()
+    rollout = roll(model, G=16, temperature=1.3)
+    last = rollout.mask.sum(1) - 1
+    only_end = torch.zeros(rollout.mask.shape)
+    only_end[range(48), last] = (~rollout.truncated).float()
+    gradient_of_update(model, rollout, only_end, options(group_size=16))
+    after = [naive_logprobs(model, *row, 1.3)[0][-1] for row in rows_of(rollout)]
+    gain = torch.stack(after).detach() - rollout.logprobs[range(48), last]
+    assert gain[~rollout.truncated].mean() > 0.05
+
+
+def test_the_kl_penalty_has_the_gradient_of_its_definition():
+    model, reference = tiny_model(), tiny_model(seed=1)
+    rollout, advantages = off_policy_rollout(model)
+    penalty = 0.0
+    for prompt, response in rows_of(rollout):
+        logp = naive_logprobs(model, prompt, response, 1.3)[0]
+        d = naive_logprobs(reference, prompt, response, 1.3)[0].detach() - logp
+        penalty = penalty + (d.exp() - d - 1).sum() / rollout.mask.sum()
+    expected = 0.2 * flat_grad(penalty, model)
+    args = options(kl=0.2, micro_batch=4)
+    gradient, _ = gradient_of_update(model, rollout, 0 * advantages, args, reference)
+    assert close(gradient / expected.norm(), expected / expected.norm(), 1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_said(bad, capsys):
+    model = tiny_model()
+    rollout, advantages = off_policy_rollout(model)
+    broken = advantages.clone()
+    broken[5, 0] = bad
+    gradient, stats = gradient_of_update(model, rollout, broken, options(micro_batch=4))
+    assert not gradient.any() and stats["skipped"] == 1
+    assert "skipped" in "".join(capsys.readouterr())
+    gradient, stats = gradient_of_update(model, rollout, advantages, options(micro_batch=4))
+    fresh = gradient_of_update(tiny_model(), rollout, advantages, options(micro_batch=4))[0]
+    assert stats["skipped"] == 0 and close(gradient, fresh)  # nothing of the skipped step is left
+
+
+def test_gradients_are_clipped_to_the_norm():
+    model = tiny_model()
+    gradient, _ = gradient_of_update(model, *off_policy_rollout(model), options(max_grad_norm=0.01))
+    assert gradient.norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_ratios_start_at_1_and_leave_it_with_the_second_update():
+    for updates in (1, 3):
+        model = tiny_model()
+        rollout, advantages = off_policy_rollout(model, spread=0.0)
+        _, stats = gradient_of_update(model, rollout, advantages, options(updates=updates))
+        assert (stats["approx_kl"] < 1e-9) == (stats["clip_fraction"] == 0) == (updates == 1)
+
+
+def test_micro_batches_hold_whole_groups_of_like_length_each_once():
+    lengths = torch.tensor([9, 1, 2, 2, 1, 8, 1, 1, 3, 3])
+    batches = [rows.tolist() for rows in rtt.micro_batches(lengths, 2, 4)]
+    assert batches == [[6, 7, 2, 3], [8, 9, 4, 5], [0, 1]]
+
+
+# --------------------------------------------------------------------------------------------------
+# The cancellation condition (TGC), by autograd: a group shares four tokens after the prompt, then diverges
+
+SHARED = 4
+LENGTHS = [12, 6, 9, 7]
+A = torch.tensor([1.5, -0.5, -0.5, -0.5])
+
+
+def tax_on_shared_tokens(loss, advantages, off_policy=True, shared_ratio=1.1, clip=(0.2, 0.2)):
+    """|sum_i g_i| / sum_i |g_i|, where g_i is the loss gradient of the model that response i's shared tokens cause."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(5)
+    prompt = torch.tensor([[5, 6, 7]]).expand(4, -1)
+    ids = torch.randint(5, 23, (4, 12), generator=generator)
+    ids[:, :SHARED] = ids[0, :SHARED]
+    mask = (torch.arange(12) < torch.tensor(LENGTHS)[:, None]).long()
+    attention = torch.cat([torch.ones_like(prompt), mask], 1)
+    logprobs = rtt.token_logprobs(model, torch.cat([prompt, ids], 1), attention, 12)
+    old = logprobs.detach().clone()
+    if off_policy:  # the same context has the same ratio; after it, the ratios differ
+        old[:, :SHARED] -= math.log(shared_ratio)
+        old[:, SHARED:] -= 0.5 * torch.randn(4, 8, generator=generator)
+    pushes = []
+    for i in range(4):
+        source = torch.zeros_like(mask, dtype=torch.bool)
+        source[i, :SHARED] = True
+        only = torch.where(source, logprobs, logprobs.detach())
+        value, _ = rtt.policy_loss(only, old, advantages * mask, mask, 4, loss, clip)
+        gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+        pushes.append(torch.cat([g.flatten() for g in gradients]))
+    assert sum(push.norm() for push in pushes) > 1e-3  # there is something to cancel
+    return float(sum(pushes).norm() / sum(push.norm() for push in pushes))
+
+
+CANCELS, TAXED = 1e-5, 0.05
+LENGTH = torch.tensor(LENGTHS).float()[:, None]
+
+
+@pytest.mark.parametrize("loss", ["grpo-fix", "dfpo-min", "dfpo-orth"])
+@pytest.mark.parametrize("shared_ratio", [0.5, 1.1, 2.0])
+def test_shared_tokens_cancel_under_grpo_fix_and_dfpo_off_policy(loss, shared_ratio):
+    assert tax_on_shared_tokens(loss, A[:, None], shared_ratio=shared_ratio) < CANCELS
+
+
+@pytest.mark.parametrize("clip", [(3e-4, 4e-4), (9.0, 9.0)], ids=["clipped", "unclipped"])
+def test_shared_tokens_pay_under_gspo_because_each_response_has_its_own_weight(clip):
+    assert tax_on_shared_tokens("gspo", A[:, None], clip=clip) > TAXED
+
+
+@pytest.mark.parametrize("shared_ratio", [0.5, 2.0])
+def test_shared_tokens_pay_under_grpo_where_the_clip_takes_one_sign_only(shared_ratio):
+    assert tax_on_shared_tokens("grpo", A[:, None], shared_ratio=shared_ratio) > TAXED
+    assert tax_on_shared_tokens("grpo", A[:, None], shared_ratio=1.1) < CANCELS  # inside the range
+
+
+def test_shared_tokens_pay_under_a_length_normalised_objective_even_on_policy():
+    assert tax_on_shared_tokens("grpo", A[:, None] / LENGTH, off_policy=False) > TAXED
+    assert tax_on_shared_tokens("grpo", A[:, None], off_policy=False) < CANCELS
+
+
+def token_channel(partition, verdicts):
+    """The token advantages of a group whose relevance is that of a causal reader: equal on the shared tokens."""
+    relevance = torch.rand(4, 1, 12, generator=torch.Generator().manual_seed(3))
+    relevance[:, :, :SHARED] = relevance[0, :, :SHARED]
+    mask = torch.arange(12) < LENGTH
+    return rtt.token_advantage(torch.tensor(verdicts)[:, None], relevance, mask, partition)
+
+
+@pytest.mark.parametrize("loss", ["grpo-fix", "dfpo-min"])
+def test_intra_taxes_shared_tokens_unless_verdicts_balance_and_verdict_never_does(loss):
+    for verdicts in ([1, 1, 1, 1], [1, 1, 1, -1]):
+        assert tax_on_shared_tokens(loss, token_channel("intra", verdicts)) > TAXED
+    assert tax_on_shared_tokens(loss, token_channel("verdict", [1, 1, 1, -1])) < CANCELS
+    assert not token_channel("verdict", [1, 1, 1, 1]).any()  # nothing to learn where all agree
+
+
+def test_the_logged_residual_is_this_tax():
+    """cancellation_residual sees from coefficients and tokens alone what autograd measures on the model."""
+    ids = torch.arange(48).view(4, 12)
+    ids[:, :SHARED] = ids[0, :SHARED]
+    mask = torch.arange(12) < LENGTH
+    for advantages in (A[:, None] / LENGTH, A[:, None] + 0 * LENGTH):
+        coef = advantages * mask
+        tax = tax_on_shared_tokens("grpo", advantages, off_policy=False)
+        assert rtt.cancellation_residual(coef, ids, mask) == pytest.approx(tax, abs=1e-5)
