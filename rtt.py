@@ -78,6 +78,8 @@ from transformers import (
 )
 
 HERE = Path(__file__).resolve().parent
+HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
+SAFE = dict(dtype=torch.float32, use_safetensors=True)  # how weights are loaded: no pickles, no remote code
 
 
 class BadInput(ValueError):
@@ -196,7 +198,7 @@ def keywords_frequency(text, keyword, frequency, relation):
 # A run of . ! ? before white space or the end; a single dot after an abbreviation or initial is none.
 SENTENCE_END = (
     r"(?<!\b(?:Mr|Ms|Dr|St|vs))(?<!\b(?:Mrs|etc))(?<!\b[A-Z])(?<!\b[a-z]\.[a-z])"
-    r"[.!?]+(?=[\"'”’)\]*]*(?:\s|$))"
+    r"(?<![.!?])[.!?]+(?=[\"'”’)\]*]*(?:\s|$))"
 )
 
 
@@ -230,7 +232,7 @@ def end_checker(text, end_phrase):
     if not body.lower().endswith(phrase.lower()):
         return False, end_of(text)
     end = text.rindex(body) + len(body)
-    return True, [(end - len(phrase), end)]
+    return True, [(max(end - len(phrase), 0), end)]
 
 
 @verifier("startend:quotation", "wrap everything in double quotation marks")
@@ -246,7 +248,7 @@ def quotation(text):
 @verifier("change_case:english_lowercase", "write in lowercase letters only")
 def english_lowercase(text):
     """There are letters, and no capital among them."""
-    return text.islower(), [(i, i + 1) for i, char in enumerate(text) if char != char.lower()]
+    return text.islower(), [(i, i + 1) for i, char in enumerate(text) if char.isupper() or char.istitle()]
 
 
 @verifier("detectable_content:postscript", "add a postscript that starts with {postscript_marker}")
@@ -261,7 +263,7 @@ def postscript(text, postscript_marker):
 @verifier("detectable_format:title", "give it a title in double angular brackets")
 def title(text):
     """There is a title such as <<The Lamp>>, on one line and not empty."""
-    found = [(a, b) for a, b in spans(r"<<[^\n]+>>", text) if text[a:b].lstrip("<").rstrip(">").strip()]
+    found = [(a, b) for a, b in spans(r"(?<!<)<<[^\n]+>>", text) if text[a:b].lstrip("<").rstrip(">").strip()]
     return bool(found), found
 
 
@@ -298,7 +300,7 @@ def make_rubric(rubric_id, kwargs):
 
     Raises BadInput for an unknown id and for missing or wrong kwargs.
     """
-    if rubric_id not in VERIFIERS:
+    if not isinstance(rubric_id, str) or rubric_id not in VERIFIERS:
         raise BadInput(f"unknown instruction id {rubric_id!r}; known are: {', '.join(sorted(VERIFIERS))}")
     if not isinstance(kwargs, dict):
         raise BadInput(f"{rubric_id}: kwargs must be an object, not {json.dumps(kwargs)}")
@@ -347,7 +349,7 @@ def load_tasks(path_or_hub_id, split="train"):
     for where, line in lines:
         try:
             tasks.append(make_task(json.loads(line) if isinstance(line, bytes) else line))
-        except (BadInput, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # json's own errors, and text that is not UTF-8
             reason = error if isinstance(error, BadInput) else f"not JSON: {error}"
             raise BadInput(f"{where}: {reason}") from None
     if not tasks:
@@ -359,7 +361,7 @@ def hub_rows(name, split):
     """The rows of a data set on the hub. Raises BadInput where it cannot be had."""
     import datasets  # slow to import, and local files do not need it
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith((".jsonl", ".json")):
+    if not re.fullmatch(HUB_ID, name) or name.endswith((".jsonl", ".json")):
         raise BadInput(
             f"{name}: no such file; --data takes a .jsonl file, a folder or the name of a hub data set"
         )
@@ -527,7 +529,8 @@ def token_spans(tokenizer, responses):
         row, start = [], 0
         for t in range(1, len(ids) + 1):
             prefix = decode(ids[:t])
-            done = max(start, len(os.path.commonprefix([prefix, text])))  # characters complete so far ...
+            complete = os.path.commonprefix([prefix.rstrip("\ufffd"), text])
+            done = max(start, len(complete))  # characters complete so far ...
             row.append((start, min(done + (len(prefix) > done), len(text))))  # ... and one that is begun
             start = done
         tokens.append(row)
@@ -580,7 +583,7 @@ class RelevanceDiscriminator:
         """`folder`: a language model with the policy's tokenizer; by default the policy's own folder."""
         config = without_dropout(AutoConfig.from_pretrained(folder, num_labels=1, classifier_dropout=0.0))
         transformers.logging.set_verbosity_error()  # the head is new, which it would report at length
-        model = AutoModelForTokenClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+        model = AutoModelForTokenClassification.from_pretrained(folder, config=config, **SAFE)
         transformers.logging.set_verbosity_warning()
         self.model, self.tokenizer = model.to(device), tokenizer
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0)
@@ -777,25 +780,25 @@ LOSSES = ("grpo", "grpo-fix", "gspo", "dfpo-min", "dfpo-orth")
 
 
 def clipped_objective(ratio, advantages, low, high):
-    """PPO's min(ratio * A, clip(ratio) * A), and where its gradient is alive, elementwise.
+    """PPO's min(ratio * A, clip(ratio) * A), and the weight: the ratio where its gradient lives, else 0.
 
-    The minimum makes the clip one-sided. A > 0: min caps the gain once ratio > 1 + high; below 1 - low
-    the ratio itself is the smaller, so the gradient lives. A < 0: the inequality flips, and min caps
-    once ratio < 1 - low, while a ratio above 1 + high is still pushed down.
+    The minimum makes the clip one-sided. A > 0: the gain is capped once ratio > 1 + high, while a ratio
+    below 1 - low is still pulled back up. A < 0: capped once ratio < 1 - low, while a ratio above
+    1 + high is still pushed down.
     """
-    clipped = ratio.clamp(1 - low, 1 + high) * advantages
-    return torch.min(ratio * advantages, clipped), (ratio * advantages <= clipped).float()
+    free, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
+    return torch.min(free, clipped), ratio.detach() * (free <= clipped)
 
 
 def loss_denominator(mask, loss):
-    """What the loss is divided by: responses for gspo (a mean of sequence means), tokens for the others."""
+    """What the loss is divided by: responses for gspo (a mean of token means), tokens for the others."""
     return len(mask) if loss == "gspo" else mask.sum()
 
 
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=(0.2, 0.2), denominator=None
 ):
-    """The loss to minimise (a scalar) and its statistics (a dict).
+    """The loss to minimise (a scalar), and its statistics (a dict).
 
     logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows.
       "grpo":       per-token ratio, PPO's clip (GRPO with a token mean).
@@ -804,45 +807,47 @@ def policy_loss(
                     token (GSPO-token), which is the same where the advantage is constant in a response.
       "dfpo-min", "dfpo-orth":  stop-gradient of the responses' ratios after min_replace or
                     adv_orthogonal (TGC's DFPO).
-    clip: (low, high). denominator: that of the whole update if this is a micro-batch of it.
+    clip: (low, high). denominator: that of the whole update, if this is a micro-batch of it.
     Statistics: clip_fraction, approx_kl (to the sampler, k3), and coef [N, T], the effective coefficients.
+    Raises ValueError for an unknown loss.
     """
-    low, high = clip
-    count = mask.sum().clamp(min=1)
-    lengths = mask.sum(1).clamp(min=1)  # [N]
-    log_ratio = (logprobs - old_logprobs) * mask  # [N, T]
-    ratio = log_ratio.exp()
-    sequence_ratio = (log_ratio.detach().sum(1) / lengths).exp()  # [N] stop-gradient
-    clipped = torch.zeros_like(mask, dtype=torch.bool)
-    if loss == "grpo":
-        objective, alive = clipped_objective(ratio, advantages, low, high)
-        weight, clipped = ratio.detach() * alive, alive == 0
-    elif loss == "gspo":
-        token_ratio = sequence_ratio[:, None] * (logprobs - logprobs.detach()).exp()  # [N, T]
-        objective, alive = clipped_objective(token_ratio, advantages, low, high)
-        objective = objective / lengths[:, None]
-        weight, clipped = token_ratio.detach() * alive / lengths[:, None], alive == 0
-    elif loss == "grpo-fix":
-        weight = ratio.detach().clamp(1 - low, 1 + high)
-        clipped = weight != ratio.detach()
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
+    logprobs, old_logprobs = (x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs))
+    log_ratio = logprobs - old_logprobs  # [N, T]
+    ratio, scale = log_ratio.exp(), 1.0
+    if loss not in ("grpo", "grpo-fix"):  # one ratio a response; the second factor is 1 and has the gradient
+        ratio = (log_ratio.detach().sum(1, keepdim=True) / lengths).exp() * (
+            logprobs - logprobs.detach()
+        ).exp()
+    if loss in ("grpo", "gspo"):
+        objective, weight = clipped_objective(ratio, advantages, *clip)
+        scale = 1.0 if loss == "grpo" else 1.0 / lengths
+    else:
+        weight = stop_gradient_weight(ratio.detach(), advantages, mask, group_size, loss, clip)
         objective = weight * advantages * logprobs
-    elif loss in ("dfpo-min", "dfpo-orth"):
-        grouped = sequence_ratio.view(-1, group_size)  # [P, G]
-        if loss == "dfpo-min":
-            grouped = min_replace(grouped)
-        else:
-            grouped = adv_orthogonal(grouped, ((advantages * mask).sum(1) / lengths).view(-1, group_size))
-        weight = grouped.reshape(-1, 1).expand_as(logprobs)  # [N, T]
-        objective = weight * advantages * logprobs
+    clipped = (weight != ratio.detach()) * mask if loss in ("grpo", "gspo", "grpo-fix") else torch.zeros(1)
+    stats = {
+        "clip_fraction": float(clipped.sum() / mask.sum().clamp(min=1)),
+        "approx_kl": float(k3(logprobs.detach(), old_logprobs).sum() / mask.sum().clamp(min=1)),
+        "coef": weight * scale * advantages * mask,
+    }
+    denominator = loss_denominator(mask, loss) if denominator is None else denominator
+    return -(objective * scale * mask).sum() / denominator, stats
+
+
+def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
+    """The weights [N, T] of the losses that cancel on shared tokens: ratio [N, T] without gradient (TGC)."""
+    if loss == "grpo-fix":
+        return ratio.clamp(1 - clip[0], 1 + clip[1])
+    sequence_ratio = ratio[:, 0].view(-1, group_size)  # [P, G]
+    mean_advantage = ((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).view(-1, group_size)  # [P, G]
+    if loss == "dfpo-min":
+        weight = min_replace(sequence_ratio)
+    elif loss == "dfpo-orth":
+        weight = adv_orthogonal(sequence_ratio, mean_advantage)
     else:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
-    denominator = loss_denominator(mask, loss) if denominator is None else denominator
-    stats = {
-        "clip_fraction": float((clipped * mask).sum() / count),
-        "approx_kl": float((k3(log_ratio.detach(), 0) * mask).sum() / count),
-        "coef": weight * advantages * mask,
-    }
-    return -(objective * mask).sum() / denominator, stats
+    return weight.reshape(-1, 1).expand_as(ratio)
 
 
 def k3(logprobs, other_logprobs):
@@ -897,7 +902,8 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
             if reference is not None:
                 with torch.no_grad():
                     anchor = token_logprobs(reference, ids, attention, T, args.temperature, G)
-                loss = loss + args.kl * k3(logprobs * mask, anchor * mask).sum() / tokens
+                pair = (x.masked_fill(mask == 0, 0.0) for x in (logprobs, anchor))
+                loss = loss + args.kl * k3(*pair).sum() / tokens
             loss.backward()
             total += loss.item()
             coef[rows, :T] = stats.pop("coef")
@@ -913,12 +919,11 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
             skipped += 1
             tqdm.write(f"update skipped: loss {total}, gradient norm {norm}")
         optimizer.zero_grad()
-        residuals = [
-            cancellation_residual(*group)
-            for group in zip(coef.split(G), rollout.ids.split(G), rollout.mask.split(G))
-            if group[0].any()
+        groups = [
+            group for group in zip(*(x.split(G) for x in (coef, rollout.ids, rollout.mask))) if group[0].any()
         ]
-        totals["residual"].append(sum(residuals) / max(len(residuals), 1) / args.updates)
+        tax = sum(cancellation_residual(*group) for group in groups) / max(len(groups), 1)
+        totals["residual"].append(tax / args.updates)
     return {name: sum(values) for name, values in totals.items()} | {"skipped": skipped}
 
 
@@ -941,24 +946,41 @@ def without_dropout(config):
     return config
 
 
-def load_policy(name, device):
-    """The Policy of a local folder or a hub id. Raises BadInput if it cannot be had."""
+@contextmanager
+def loading(flag, name):
+    """Turn what transformers raises for a model that cannot be had into one line."""
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise BadInput(f"--model {name}: not a model folder, it has no config.json")
+        raise BadInput(f"{flag} {name}: not a model folder, it has no config.json")
+    if not Path(name).is_dir() and not re.fullmatch(HUB_ID, name):
+        raise BadInput(f"{flag} {name}: no such folder; a model folder or a model's name on the hub is needed")
     try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"{flag} {name}: cannot be loaded ({reason}); python rtt.py alone needs no download"
+        ) from None
+
+
+def load_policy(name, device):
+    """The Policy of a local folder or a hub id. Raises BadInput if it cannot be had or has no end token."""
+    with loading("--model", name):
         config = without_dropout(AutoConfig.from_pretrained(name))
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32).to(device)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(
-            f"--model {name}: cannot be loaded ({reason}); python rtt.py alone needs no download"
-        ) from None
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, **SAFE).to(device)
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not ends:
         raise BadInput(f"--model {name}: neither its tokenizer nor its generation_config has an end token")
     return Policy(model, tokenizer, sorted(ends))
+
+
+def load_discriminator(name, policy, args):
+    """A RelevanceDiscriminator from a model folder. Raises BadInput if its tokens are not the policy's."""
+    with loading("--discriminator", name):
+        if AutoTokenizer.from_pretrained(name).get_vocab() != policy.tokenizer.get_vocab():
+            raise BadInput(f"--discriminator {name}: must have the same tokenizer as --model {args.model}")
+        return RelevanceDiscriminator(name, policy.tokenizer, args.discriminator_lr, args.device)
 
 
 def encode_prompt(tokenizer, prompt):
@@ -1170,22 +1192,20 @@ def train(policy, discriminator, train_tasks, eval_tasks, out, args):
     return rows
 
 
-def open_run(args):
-    """Make the run's folder with its config.json. Raises BadInput rather than touch an earlier run."""
-    out = Path(args.out or HERE / "runs" / time.strftime("%Y%m%d-%H%M%S"))
-    if (out / "metrics.jsonl").exists():
-        raise BadInput(f"--out {out}: holds a run already; name another folder")
+def open_run(out):
+    """Make the run's folder. Raises BadInput if it cannot be written, or holds anything already."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
+        if any(out.iterdir()):
+            raise BadInput(f"--out {out}: is not empty; name a new folder")
         (out / "metrics.jsonl").touch()
+        (out / "metrics.jsonl").unlink()  # it could be written, and a run that fails to start leaves nothing
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
-    return out
 
 
 def load_both(path):
-    """Tasks to train on, held-out tasks: a folder's train and eval.jsonl; of a file, the last tenth is held out."""
+    """Tasks to train on, and held-out ones: train and eval.jsonl of a folder, or a file's last tenth."""
     if Path(path).is_dir():
         return load_tasks(path, "train"), load_tasks(path, "eval")
     tasks = load_tasks(path)
@@ -1198,13 +1218,13 @@ def load_both(path):
 def run(args):
     """Check the input, load, measure, train, measure again, save."""
     train_tasks, eval_tasks = load_both(args.data)
-    out = open_run(args)
+    out = Path(args.out or HERE / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+    open_run(out)
     torch.manual_seed(args.seed)
-    policy = load_policy(args.model, args.device)
-    discriminator = None
+    policy, discriminator = load_policy(args.model, args.device), None
     if args.relevance == "discriminator" and args.alpha:
-        folder = args.discriminator or args.model
-        discriminator = RelevanceDiscriminator(folder, policy.tokenizer, args.discriminator_lr, args.device)
+        discriminator = load_discriminator(args.discriminator or args.model, policy, args)
+    (out / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
     start = time.perf_counter()
     before = evaluate(policy, eval_tasks, args)
     print(
@@ -1223,16 +1243,38 @@ def run(args):
     mean = lambda name: sum(row[name] for row in rows) / len(rows)
     phases = ", ".join(f"{phase} {mean('seconds_' + phase):.2f}" for phase in PHASES)
     print(
-        f"seconds a step: {mean('seconds'):.2f} ({phases}); {mean('tokens_per_second'):.0f} response tokens/s; "
-        f"peak memory {rows[-1]['peak_memory_mb']:.0f} MB; {time.perf_counter() - start:.0f} s in all"
+        f"seconds a step: {mean('seconds'):.2f} ({phases}); {mean('tokens_per_second'):.0f} response tokens/s"
     )
+    total = time.perf_counter() - start
+    print(f"{total:.0f} s in all; peak memory {rows[-1]['peak_memory_mb']:.0f} MB")
     print(f"metrics, config and the trained policy are in {out}")
+
+
+def number(kind, least, what):
+    """An argparse type: a finite number of this kind that is at least (a float of 0: above) `least`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least:
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1, "a whole number of at least 1")
+COUNT_OR_NONE = number(int, 0, "a whole number of at least 0")
+POSITIVE = number(float, sys.float_info.min, "a number above 0")
+WEIGHT = number(float, 0.0, "a number of at least 0")
 
 
 def parse_args(argv=None):
     """The command line. Raises BadInput for what cannot be."""
     parser = argparse.ArgumentParser(
-        description="Train a language model on rubrics with token-level credit: RTT-GRPO with TGC's cancellation.",
+        description="Train a language model on rubrics with token-level credit: RTT-GRPO and TGC's losses.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
@@ -1252,7 +1294,12 @@ def parse_args(argv=None):
         help="a folder with train.jsonl and eval.jsonl, a .jsonl file, or a data set's name on the hub",
     )
     add("--out", default="", help="folder for metrics, config and the trained policy (empty: runs/<time>)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+        help="auto takes the best there is",
+    )
     add(
         "--seed",
         type=int,
@@ -1260,11 +1307,11 @@ def parse_args(argv=None):
         help="seed of everything random; on the CPU, equal seeds give equal runs",
     )
     add = parser.add_argument_group("rollouts").add_argument
-    add("--steps", type=positive(int), default=100, help="RL steps")
-    add("--prompts", type=positive(int), default=8, help="prompts a step")
-    add("--group-size", type=positive(int), default=8, help="responses a prompt (G), at least 2")
-    add("--max-new-tokens", type=positive(int), default=64, help="length limit of a response, in tokens")
-    add("--temperature", type=positive(float), default=1.0, help="sampling temperature")
+    add("--steps", type=COUNT, default=100, help="RL steps")
+    add("--prompts", type=COUNT, default=8, help="prompts a step")
+    add("--group-size", type=COUNT, default=8, help="responses a prompt (G), at least 2")
+    add("--max-new-tokens", type=COUNT, default=64, help="length limit of a response, in tokens")
+    add("--temperature", type=POSITIVE, default=1.0, help="sampling temperature")
     add = parser.add_argument_group("rewards and advantages (RTT)").add_argument
     add(
         "--reward",
@@ -1279,15 +1326,15 @@ def parse_args(argv=None):
         help="where relevance comes from: learned; the verifiers' evidence; the same for every token",
     )
     add("--partition", choices=PARTITIONS, default="intra", help="what the token rewards are normalised over")
-    add("--alpha", type=float, default=0.5, help="weight of the token-level advantage; 0 is plain GRPO")
+    add("--alpha", type=WEIGHT, default=0.5, help="weight of the token-level advantage; 0 is plain GRPO")
     add("--combine", choices=("add", "mix"), default="add", help="A + alpha a; or (1 - alpha) A + alpha a")
     add(
         "--discriminator",
         default="",
         help="model folder the discriminator starts from (empty: that of --model)",
     )
-    add("--discriminator-lr", type=positive(float), default=1e-3, help="its learning rate")
-    add("--warmup", type=int, default=12, help="rollouts it is trained on before the first RL step")
+    add("--discriminator-lr", type=POSITIVE, default=1e-3, help="its learning rate")
+    add("--warmup", type=COUNT_OR_NONE, default=12, help="rollouts it is trained on before the first RL step")
     add = parser.add_argument_group("update (TGC)").add_argument
     add(
         "--loss",
@@ -1297,37 +1344,37 @@ def parse_args(argv=None):
     )
     add(
         "--clip",
-        type=positive(float),
+        type=POSITIVE,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="clip range below and above 1 (default 0.2 0.2; gspo 3e-4 4e-4)",
     )
-    add("--updates", type=positive(int), default=1, help="optimiser steps a rollout")
-    add("--lr", type=positive(float), default=3e-4, help="learning rate of the policy (AdamW, constant)")
-    add("--max-grad-norm", type=positive(float), default=1.0, help="gradients are clipped to this norm")
+    add("--updates", type=COUNT, default=1, help="optimiser steps a rollout")
+    add("--lr", type=POSITIVE, default=3e-4, help="learning rate of the policy (AdamW, constant)")
+    add("--max-grad-norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
     add(
         "--kl",
-        type=float,
+        type=WEIGHT,
         default=0.0,
         help="weight of the KL penalty to the starting policy; 0 costs nothing",
     )
     add(
         "--micro-batch",
-        type=int,
+        type=COUNT_OR_NONE,
         default=0,
         help="responses a forward pass in the update, whole groups (0: all)",
     )
     add = parser.add_argument_group("measuring").add_argument
     add(
         "--eval-every",
-        type=int,
+        type=COUNT_OR_NONE,
         default=25,
         help="steps between held-out evaluations (0: only at start and end)",
     )
-    add("--eval-prompts", type=positive(int), default=256, help="prompts of those; start and end take all")
+    add("--eval-prompts", type=COUNT, default=256, help="prompts of those; start and end take all")
     add(
         "--show-every",
-        type=int,
+        type=COUNT_OR_NONE,
         default=50,
         help="steps between responses shown with their credit (0: never)",
     )
@@ -1338,23 +1385,14 @@ def parse_args(argv=None):
         raise BadInput(
             f"--micro-batch {args.micro_batch}: must be a multiple of --group-size {args.group_size}"
         )
-    if args.device == "auto":
-        args.device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = torch.accelerator.current_accelerator(check_available=True)
+    best = best.type if best else "cpu"
+    if args.device not in ("auto", "cpu", best):
+        raise BadInput(
+            f"--device {args.device}: there is none here, only cpu{'' if best == 'cpu' else ' and ' + best}"
         )
+    args.device = best if args.device == "auto" else args.device
     return args
-
-
-def positive(kind):
-    """An argparse type: a number of this kind, above 0."""
-
-    def parse(text):
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-        return value
-
-    return parse
 
 
 def main(argv=None):
