@@ -68,6 +68,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -637,14 +638,15 @@ class RelevanceDiscriminator:
 def f1_and_auroc(relevance, evidence):
     """Token-level F1 (at 0.5) and area under the ROC curve of scores [M] against labels [M] in {0, 1}.
 
-    AUROC is the chance that a relevant token scores above an irrelevant one, ties counted half.
+    AUROC is the chance that a relevant token scores above an irrelevant one, ties counted half; 0.5,
+    which says nothing, where either kind is missing.
     """
     positive, predicted = evidence > 0.5, relevance > 0.5
     f1 = 2 * (positive & predicted).sum() / (positive.sum() + predicted.sum()).clamp(min=1)
     _, inverse, counts = relevance.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]  # ties share their mean rank
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()  # [M] from 1; ties share their mean rank
     p, n = int(positive.sum()), int((~positive).sum())
-    auroc = (float(ranks[positive].sum()) - p * (p + 1) / 2) / max(p * n, 1)
+    auroc = (float(ranks[positive].sum()) - p * (p + 1) / 2) / (p * n) if p and n else 0.5
     return float(f1), auroc
 
 
@@ -952,10 +954,12 @@ def loading(flag, name):
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise BadInput(f"{flag} {name}: not a model folder, it has no config.json")
     if not Path(name).is_dir() and not re.fullmatch(HUB_ID, name):
-        raise BadInput(f"{flag} {name}: no such folder; a model folder or a model's name on the hub is needed")
+        raise BadInput(
+            f"{flag} {name}: no such folder; a model folder or a model's name on the hub is needed"
+        )
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(
             f"{flag} {name}: cannot be loaded ({reason}); python rtt.py alone needs no download"
@@ -1082,12 +1086,14 @@ def table(before, after):
 def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
     """One response, its tokens coloured by advantage: green is pushed up, red down; plain in a file."""
     strength = (advantages / advantages.abs().max().clamp(min=1e-6)).tolist()  # [T] in [-1, 1]
-    pieces = []
-    for token, value in zip(ids[mask > 0].tolist(), strength):
-        piece, fade = tokenizer.decode([token]), 255 - int(155 * abs(value))
+    (text,), (tokens,) = token_spans(tokenizer, [ids[mask > 0].tolist()])
+    pieces, shown = [], 0
+    for (start, end), value in zip(tokens, strength):
+        fade = 255 - int(155 * abs(value))
         red, green = (fade, 255) if value > 0 else (255, fade)
         colour = f"\033[30;48;2;{red};{green};{fade}m{{}}\033[0m" if sys.stdout.isatty() else "{}"
-        pieces.append(colour.format(piece))
+        pieces.append(colour.format(text[max(start, shown) : end]))
+        shown = max(shown, end)
     marks = ", ".join(
         f"[{'x' if s > 0 else ' '}] {r.criterion}" for s, r in zip(verdicts.tolist(), task.rubrics)
     )
