@@ -197,10 +197,8 @@ def keywords_frequency(text, keyword, frequency, relation):
 
 
 # A run of . ! ? before white space or the end; a single dot after an abbreviation or initial is none.
-SENTENCE_END = (
-    r"(?<!\b(?:Mr|Ms|Dr|St|vs))(?<!\b(?:Mrs|etc))(?<!\b[A-Z])(?<!\b[a-z]\.[a-z])"
-    r"(?<![.!?])[.!?]+(?=[\"'”’)\]*]*(?:\s|$))"
-)
+NO_ABBREVIATION = r"(?<!\b(?:Mr|Ms|Dr|St|vs))(?<!\b(?:Mrs|etc))(?<!\b[A-Z])(?<!\b[a-z]\.[a-z])"
+SENTENCE_END = rf"(?<![.!?])(?:[.!?]{{2,}}|[!?]|{NO_ABBREVIATION}\.)(?=[\"'”’)\]*]*(?:\s|$))"
 
 
 @verifier("length_constraints:number_sentences", "write {relation} {num_sentences} sentences")
@@ -467,27 +465,42 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
     )
 
 
+@contextmanager
+def head_at(model, mask):
+    """Inside, the output head sees only the positions of mask [N, T]: logits are [M, V], not [N, T, V]."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][mask],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=1.0, group_size=1):
-    """Log-probabilities of the last `num_response_tokens` (T) tokens of each row: [N, T] float32.
+    """Log-probabilities of the last T = `num_response_tokens` tokens of each row: [N, T] float32.
 
     ids, attention_mask: [N, L + T], prompts left-padded to L, responses right-padded to T.
-    group_size: G consecutive rows share their prompt, which is then computed once for all of them
-    (gradients flow back through the shared part). Values at padding are meaningless; mask them.
+    group_size: G consecutive rows share their prompt, which is then computed once for all of them, and
+    gradients flow back through the shared part. Logits exist only at response tokens; padding gets 0.
     """
-    L = ids.shape[1] - num_response_tokens
-    place = positions(attention_mask)
+    L, place = ids.shape[1] - num_response_tokens, positions(attention_mask)
+    targets, mask = ids[:, L:], attention_mask[:, L:].bool()  # [N, T]
     head = dict(attention_mask=attention_mask[::group_size, :L], position_ids=place[::group_size, :L])
-    cache = DynamicCache()
-    head |= dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits = model(ids[::group_size, :L], **head).logits  # [N / G, 1, V], predicts the first response token
-    cache.batch_repeat_interleave(group_size)  # N / G -> N rows
-    logits = logits.repeat_interleave(group_size, 0)  # [N, 1, V]
-    if num_response_tokens > 1:
-        tail = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1])
-        tail |= dict(past_key_values=cache, use_cache=True)
-        logits = torch.cat([logits, model(ids[:, L:-1], **tail).logits], 1)  # [N, T, V]
-    logits = logits.float() / temperature
-    return logits.gather(2, ids[:, L:, None]).squeeze(2) - logits.logsumexp(2)  # [N, T]
+    head |= dict(past_key_values=DynamicCache(), use_cache=True)
+    logits = (
+        model(ids[::group_size, :L], logits_to_keep=1, **head).logits.float() / temperature
+    )  # [N/G, 1, V]
+    first = logits.log_softmax(-1).repeat_interleave(group_size, 0).gather(2, targets[:, :1, None])[..., 0]
+    if num_response_tokens == 1:
+        return first  # [N, 1]
+    head["past_key_values"].batch_repeat_interleave(group_size)  # N / G -> N rows
+    tail = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1])
+    tail |= dict(past_key_values=head["past_key_values"], use_cache=True)
+    with head_at(model, mask[:, 1:]):
+        logits = model(targets[:, :-1], **tail).logits.float() / temperature  # [M, V]
+    chosen = logits.gather(1, targets[:, 1:][mask[:, 1:]][:, None]).squeeze(1) - logits.logsumexp(1)  # [M]
+    rest = torch.zeros_like(targets[:, 1:], dtype=torch.float32).masked_scatter(mask[:, 1:], chosen)
+    return torch.cat([first, rest], 1)  # [N, T]
 
 
 # ==================================================================================================
