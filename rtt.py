@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rubrics to Tokens: reinforcement learning from rubrics with token-level credit, in one file.
+r"""Rubrics to Tokens: reinforcement learning from rubrics with token-level credit, in one file.
 
 A prompt comes with several rubrics (criteria). A reward for the whole response says how many were
 met, not where. RTT (Rubrics to Tokens, arXiv:2604.02795) asks a small discriminator which tokens are
@@ -20,20 +20,23 @@ one tensor: the coefficient with which each token's log-probability is pushed up
                                   weight: ratio, clipped, made exchangeable (6)
 
     symbol      shape      name in the code    meaning
-    G, N, K, T                                 responses a prompt; prompts * G; rubrics; tokens
+    P, G, N                                    prompts; responses to each (a group); N = P * G, all responses
+    K, L, T, V                                 rubrics; prompt tokens; response tokens; vocabulary
     s           [N, K]     verdicts            +1 satisfied, -1 violated, 0 no such rubric
     w           [N, K, T]  relevance           in [0, 1]: is the token responsible for the verdict?
     R           [N]        rewards             "aon": all rubrics or nothing; "csr": share satisfied
-    A           [G]        response_advantage  (R - mean) / std over the group
+    A           [G]        response_adv        (R - mean) / std over the group
     r = s * w   [G, K, T]  reward              three-dimensional reward space: response, rubric, token
-    a           [G, T]     token_advantage     r normalised over a partition of it, mean over rubrics
-    rho, s_i    [N, T] [N] ratio               new over old probability: of a token; of a response
-    c           [N, T]     coef                what multiplies the gradient of each log-probability
+    a           [G, T]     token_adv           r normalised over a partition of it, mean over rubrics
+    A + alpha*a [N, T]     advantages          alpha: how much the token level counts
+    rho, s_i    [N, T] [N] ratio               new over old probability pi: of a token; of a response
+    c           [N, T]     coef                advantage * weight: multiplies each grad log pi
 
 Run it:
 
     python rtt.py            the embedded default: minutes on a laptop's CPU, nothing is downloaded
-    python rtt.py --model Qwen/Qwen2.5-0.5B-Instruct --data FOLDER --lr 1e-6 --discriminator-lr 1e-5
+    python rtt.py --model Qwen/Qwen2.5-0.5B-Instruct --data FOLDER --max-new-tokens 512 \
+                  --lr 1e-6 --discriminator-lr 1e-5
     python rtt.py --help
 
 What is simplified, and where this differs from the papers:
@@ -44,7 +47,7 @@ What is simplified, and where this differs from the papers:
     addition: it is what TGC's cancellation condition asks of RTT's token channel.
   - IFEval's english_lowercase also asks a language detector, its keywords are regular expressions,
     its sentences are split by a trained model. Here: letters only, literal text, and a rule.
-  - One process, one device; AdamW with a constant learning rate.
+  - One process, one device; Adam with a constant learning rate.
 """
 
 import argparse
@@ -78,7 +81,6 @@ from transformers import (
     DynamicCache,
 )
 
-HERE = Path(__file__).resolve().parent
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 SAFE = dict(dtype=torch.float32, use_safetensors=True)  # how weights are loaded: no pickles, no remote code
 
@@ -276,22 +278,19 @@ def number_bullet_lists(text, num_bullets):
 
 
 def is_text(value):
+    """A string that says something."""
     return isinstance(value, str) and bool(value.strip())
 
 
+WORDS = "a list of words", lambda value: isinstance(value, list) and bool(value) and all(map(is_text, value))
+TEXT = "a text that is not empty", is_text
+COUNT = "a whole number of at least 1", lambda value: type(value) is int and value >= 1
+RELATION = '"at least" or "less than"', lambda value: value in ("at least", "less than")
 # What each argument may be. IFEval uses a name for the same thing in all its instructions.
-KWARG_RULES = {
-    **dict.fromkeys(
-        ("keywords", "forbidden_words"),
-        ("a list of words", lambda v: isinstance(v, list) and bool(v) and all(map(is_text, v))),
-    ),
-    **dict.fromkeys(("keyword", "end_phrase", "postscript_marker"), ("a text that is not empty", is_text)),
-    **dict.fromkeys(
-        ("frequency", "num_sentences", "num_words", "num_bullets"),
-        ("a whole number of at least 1", lambda v: type(v) is int and v >= 1),
-    ),
-    "relation": ('"at least" or "less than"', lambda v: v in ("at least", "less than")),
-}
+KWARG_RULES = dict(
+    keywords=WORDS, forbidden_words=WORDS, keyword=TEXT, end_phrase=TEXT, postscript_marker=TEXT,
+    frequency=COUNT, num_sentences=COUNT, num_words=COUNT, num_bullets=COUNT, relation=RELATION,
+)  # fmt: skip
 
 
 def make_rubric(rubric_id, kwargs):
@@ -305,7 +304,7 @@ def make_rubric(rubric_id, kwargs):
         raise BadInput(f"{rubric_id}: kwargs must be an object, not {json.dumps(kwargs)}")
     entry, given = VERIFIERS[rubric_id], {k: v for k, v in kwargs.items() if v is not None}
     for name in entry.kwargs:
-        allowed, rule = KWARG_RULES[name]
+        allowed, rule = KWARG_RULES.get(name, ("any value", lambda v: True))
         if name not in given:
             raise BadInput(f"{rubric_id}: kwargs lack {name!r}, {allowed}")
         if not rule(given[name]):
@@ -319,6 +318,7 @@ def make_task(row):
     """A checked Task from one row of data. Raises BadInput."""
     if not isinstance(row, dict):
         raise BadInput("must be a JSON object")
+    json.dumps(row, ensure_ascii=False).encode()  # a ValueError for half a surrogate pair
     for name, kind in (("prompt", str), ("instruction_id_list", list), ("kwargs", list)):
         if not isinstance(row.get(name), kind) or not row[name]:
             raise BadInput(f"{name!r} must be a {kind.__name__} that is not empty")
@@ -335,6 +335,8 @@ def load_tasks(path_or_hub_id, split="train"):
     Raises BadInput, naming file and line, for the first row that is wrong, and for an empty set.
     """
     path = Path(path_or_hub_id)
+    if path.is_dir() and not (path / f"{split}.jsonl").is_file():
+        raise BadInput(f"{path}: has no {split}.jsonl; a folder of data needs train.jsonl and eval.jsonl")
     path = path / f"{split}.jsonl" if path.is_dir() else path
     if path.is_file():
         lines = [
@@ -349,7 +351,7 @@ def load_tasks(path_or_hub_id, split="train"):
         try:
             tasks.append(make_task(json.loads(line) if isinstance(line, bytes) else line))
         except (ValueError, RecursionError) as error:  # json's own errors, and text that is not UTF-8
-            reason = error if isinstance(error, BadInput) else f"not JSON: {error}"
+            reason = error if isinstance(error, BadInput) else f"not JSON text: {error}"
             raise BadInput(f"{where}: {reason}") from None
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
@@ -381,6 +383,14 @@ def hub_rows(name, split):
 # and the ratios of section 7 wrong from the start.  `token_logprobs` scores the same tokens again,
 # with gradients; on the same weights both agree, so the first ratio is 1.
 # ==================================================================================================
+
+
+def without_dropout(config):
+    """The config with every dropout probability at 0: dropout would turn the ratios into noise."""
+    for name, value in vars(config).items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
 
 
 @dataclass
@@ -467,9 +477,11 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
 
 @contextmanager
 def head_at(model, mask):
-    """Inside, the output head sees only the positions of mask [N, T]: logits are [M, V], not [N, T, V]."""
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][mask],))
+    """Inside, the output head sees only the positions of mask [N, T]: logits are [M, V], not [N, T, V].
+
+    A hook, since transformers' own `logits_to_keep` keeps the same positions in every row.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][mask],))
     try:
         yield
     finally:
@@ -477,29 +489,28 @@ def head_at(model, mask):
 
 
 def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=1.0, group_size=1):
-    """Log-probabilities of the last T = `num_response_tokens` tokens of each row: [N, T] float32.
+    """Log-probabilities of the last T = `num_response_tokens` tokens: [N, T] float32, 0 at padding.
 
     ids, attention_mask: [N, L + T], prompts left-padded to L, responses right-padded to T.
-    group_size: G consecutive rows share their prompt, which is then computed once for all of them, and
-    gradients flow back through the shared part. Logits exist only at response tokens; padding gets 0.
+    group_size: G consecutive rows share their prompt. It is computed once for all of them and predicts
+    their first token; the responses, shifted by one, predict the rest from its cache, through which
+    their gradients flow back. Logits exist only at response tokens.
     """
-    L, place = ids.shape[1] - num_response_tokens, positions(attention_mask)
+    L, place, G = ids.shape[1] - num_response_tokens, positions(attention_mask), group_size
     targets, mask = ids[:, L:], attention_mask[:, L:].bool()  # [N, T]
-    head = dict(attention_mask=attention_mask[::group_size, :L], position_ids=place[::group_size, :L])
-    head |= dict(past_key_values=DynamicCache(), use_cache=True)
-    logits = (
-        model(ids[::group_size, :L], logits_to_keep=1, **head).logits.float() / temperature
-    )  # [N/G, 1, V]
-    first = logits.log_softmax(-1).repeat_interleave(group_size, 0).gather(2, targets[:, :1, None])[..., 0]
+    cache = dict(past_key_values=DynamicCache(), use_cache=True)
+    prompt = dict(attention_mask=attention_mask[::G, :L], position_ids=place[::G, :L], **cache)
+    logits = model(ids[::G, :L], logits_to_keep=1, **prompt).logits.float() / temperature  # [N/G, 1, V]
+    first = logits.log_softmax(-1).repeat_interleave(G, 0).gather(2, targets[:, :1, None]).squeeze(2)
+    first = first.masked_fill(~mask[:, :1], 0.0)  # [N, 1]
     if num_response_tokens == 1:
-        return first  # [N, 1]
-    head["past_key_values"].batch_repeat_interleave(group_size)  # N / G -> N rows
-    tail = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1])
-    tail |= dict(past_key_values=head["past_key_values"], use_cache=True)
+        return first
+    cache["past_key_values"].batch_repeat_interleave(G)  # N / G -> N rows
+    shifted = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1], **cache)
     with head_at(model, mask[:, 1:]):
-        logits = model(targets[:, :-1], **tail).logits.float() / temperature  # [M, V]
+        logits = model(targets[:, :-1], **shifted).logits.float() / temperature  # [M, V]
     chosen = logits.gather(1, targets[:, 1:][mask[:, 1:]][:, None]).squeeze(1) - logits.logsumexp(1)  # [M]
-    rest = torch.zeros_like(targets[:, 1:], dtype=torch.float32).masked_scatter(mask[:, 1:], chosen)
+    rest = torch.zeros_like(first).expand(-1, num_response_tokens - 1).masked_scatter(mask[:, 1:], chosen)
     return torch.cat([first, rest], 1)  # [N, T]
 
 
@@ -513,7 +524,7 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 
 
 def response_reward(verdicts, kind="aon"):
-    """verdicts [..., K] in {+1, -1}, 0 for no rubric -> rewards [...] float32 in [0, 1] (RTT, section 3).
+    """verdicts [..., K] in {+1, -1}, 0 for no such rubric -> rewards [...] float32 in [0, 1] (RTT).
 
     "aon", all or nothing: 1 if every rubric is satisfied, else 0.
     "csr", constraint satisfaction rate: the share of the rubrics that are satisfied.
@@ -555,6 +566,7 @@ def evidence_to_tokens(evidence, tokens):
     """Spans of characters, spans of tokens -> 0.0/1.0 a token: does it write one of these characters?
 
     An empty span counts as one character long: (len, len) then meets the end token, (len, len + 1).
+    [(4, 7), (12, 12)] on tokens [(0, 3), (3, 7), (7, 12), (12, 13)] -> [0.0, 1.0, 0.0, 1.0].
     """
     return [float(any(a < end and start < max(b, a + 1) for a, b in evidence)) for start, end in tokens]
 
@@ -590,6 +602,11 @@ def grade(tokenizer, rollout, tasks):
 # ==================================================================================================
 
 
+def all_pairs(criteria):
+    """The (response, rubric) pairs (i, k) of N lists of criteria."""
+    return [(i, k) for i, texts in enumerate(criteria) for k in range(len(texts))]
+
+
 class RelevanceDiscriminator:
     """criterion + response -> relevance of each response token."""
 
@@ -600,7 +617,7 @@ class RelevanceDiscriminator:
         model = AutoModelForTokenClassification.from_pretrained(folder, config=config, **SAFE)
         transformers.logging.set_verbosity_warning()
         self.model, self.tokenizer = model.to(device), tokenizer
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate)
 
     def logits(self, criteria, ids, mask):
         """criteria: M texts; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
@@ -621,7 +638,7 @@ class RelevanceDiscriminator:
         """
         self.model.eval()
         lengths = mask.sum(1).tolist()
-        pairs = [(i, k) for i, texts in enumerate(criteria) for k in range(len(texts))]
+        pairs = all_pairs(criteria)
         pairs.sort(key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
         relevance = torch.zeros(len(ids), max(map(len, criteria)), ids.shape[1], device=ids.device)
         for start in range(0, len(pairs), batch):
@@ -634,7 +651,7 @@ class RelevanceDiscriminator:
     def fit(self, criteria, ids, mask, evidence, pairs=64):
         """One step of cross-entropy towards evidence [N, K, T] on some random (response, rubric) pairs."""
         self.model.train()
-        every = [(i, k) for i, texts in enumerate(criteria) for k in range(len(texts))]
+        every = all_pairs(criteria)
         i, k = map(list, zip(*[every[j] for j in torch.randperm(len(every))[:pairs].tolist()]))
         T = int(mask[i].sum(1).max())
         mask = mask[i, :T]
@@ -654,6 +671,7 @@ def f1_and_auroc(relevance, evidence):
     AUROC is the chance that a relevant token scores above an irrelevant one, ties counted half; 0.5,
     which says nothing, where either kind is missing.
     """
+    relevance, evidence = relevance.cpu(), evidence.cpu()
     positive, predicted = evidence > 0.5, relevance > 0.5
     f1 = 2 * (positive & predicted).sum() / (positive.sum() + predicted.sum()).clamp(min=1)
     _, inverse, counts = relevance.unique(return_inverse=True, return_counts=True)
@@ -677,13 +695,14 @@ PARTITIONS = ("intra", "inter", "rubric", "verdict")
 
 
 def response_advantage(rewards, eps=1e-6):
-    """rewards [G] -> (R - mean) / (std + eps) over the group: [G]  (GRPO; RTT, section 3).
+    """rewards [G] -> (R - mean) / (std + eps) over the group: [G]  (GRPO; RTT's response level).
 
     std is the population's (divided by G). Exactly 0 where all rewards are equal, so also for G = 1.
     """
     rewards = rewards.float()
-    advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + eps)
-    return torch.where(rewards.max() == rewards.min(), 0.0, advantage)
+    mean, std = rewards.mean(-1, keepdim=True), rewards.std(-1, correction=0, keepdim=True)
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
+    return ((rewards - mean) / (std + eps)).masked_fill(equal, 0.0)
 
 
 def masked_normalize(x, mask, dim, eps):
@@ -706,9 +725,15 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
       "verdict":  the responses, for each rubric, and only then spread by relevance: a token without
                   relevance gets exactly 0, and a rubric on which the group agrees gives nothing.
 
-    eps is large on purpose. r lies in [-1, 1]; one relevant token of 40 has std 0.16, while a
-    discriminator that sees nothing anywhere has std 0.01 from noise alone. With eps = 0.1 the first
-    keeps its credit and the second stays below 0.1 units instead of being blown up to full size.
+    One rubric, satisfied by the first response for its third token, violated by the second for its second
+    (verdicts [[1], [-1]], relevance [[[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps=0):
+      "intra"            [[-.58, -.58, 1.73, -.58], [.58, -1.73, .58, .58]]  irrelevant tokens move, too
+      "inter", "rubric"  [[0, 0, 2, 0], [0, -2, 0, 0]]                       unless the verdicts are balanced
+      "verdict"          [[0, 0, 1, 0], [0, -1, 0, 0]]                       never
+
+    eps is large on purpose. r lies in [-1, 1]. One relevant token of 40 makes a std of 0.16, while a
+    discriminator that sees nothing anywhere still makes one of 0.01 from noise: with eps = 0.1 the first
+    keeps most of its credit, and the noise is not blown up to full size.
     """
     signs = verdicts.float()  # [G, K]; float first: relevance must not be cut to whole numbers
     rubrics = (verdicts != 0).sum(1).clamp(min=1)[:, None]  # [G, 1]
@@ -722,7 +747,7 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     elif partition == "rubric":
         return masked_normalize(reward.sum(1) / rubrics, valid[:, 0], (0, 1), eps)
     elif partition == "verdict":
-        advantage = masked_normalize(signs, torch.ones_like(signs), 0, eps)[..., None] * relevance
+        advantage = masked_normalize(signs, (signs != 0).float(), 0, eps)[..., None] * relevance
     else:
         raise ValueError(f"partition must be 'intra', 'inter', 'rubric' or 'verdict', not {partition!r}")
     return advantage.sum(1) / rubrics  # [G, T]
@@ -749,21 +774,26 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 # Any group objective has the gradient sum_i sum_t c[i, t] * grad log pi(y[i, t]), with the effective
 # coefficient c = advantage * weight.  A token that all responses share in the same context has the same
 # gradient in all of them: it moves by sum_i c[i, t].  Sharing it made no response better than another, so
-# the sum should be 0.  Advantages of a group sum to 0; with weights that differ between the responses the
-# products do not, unless the weights are first made constant or orthogonal to the advantages.
+# the sum should be 0.  A group's response-level advantages sum to 0; times weights that differ between the
+# responses they do not, unless the weights are first made constant or orthogonal to the advantages.
+# (A token channel must sum to 0 by itself: of the partitions of section 5, only "verdict" does.)
 # ==================================================================================================
 
 
 def min_replace(w):
-    """weights [..., G] -> their minimum over the group, for every response: [..., G]  (TGC)."""
-    return w.amin(-1, keepdim=True).expand_as(w)
+    """weights [..., G] -> their minimum over the group, for every response: [..., G]  (TGC). No gradient."""
+    return w.detach().amin(-1, keepdim=True).expand_as(w)
 
 
 def adv_orthogonal(w, adv):
-    """w - (adv.w / |adv|^2) adv, so that sum_i adv_i w_i = 0: [..., G]  (TGC). w itself where |adv| = 0."""
-    norm = adv.square().sum(-1, keepdim=True)
-    scale = (adv * w).sum(-1, keepdim=True) / torch.where(norm > 0, norm, 1.0)
-    return w - scale * adv
+    """w - (adv.w / |adv|^2) adv, so that sum_i adv_i w_i = 0: [..., G]  (TGC). No gradient.
+
+    w itself where |adv| = 0 (below 1e-6 it is rounding: advantages have unit scale). Weights may come out
+    negative. w [.9, 1.1, 1.3], adv [1.2, -.4, -.8] -> [1.114, 1.029, 1.157].
+    """
+    w, norm = w.detach(), adv.square().sum(-1, keepdim=True)
+    scale = (adv * w).sum(-1, keepdim=True) / norm.clamp(min=1e-12)
+    return w - adv * scale.masked_fill(norm < 1e-12, 0.0)
 
 
 def cancellation_residual(coef, ids, mask):
@@ -772,6 +802,8 @@ def cancellation_residual(coef, ids, mask):
     coef [G, T]: effective coefficients; ids [G, T]: tokens; mask [G, T]. Over the tokens v that occur in
     every response, with c(i, v) the mean of coef over v's places in response i:
     sum_v |sum_i c(i, v)| / sum_v sum_i |c(i, v)|. 0.0 where no token is shared or nothing pushes.
+    A proxy: it goes by the token, not by its context, so even weights that cancel can leave a little.
+    ids [[5, 6, 9], [5, 7, 9]]: coef [[1, 1, 0], [-1, -1, 0]] -> 0; [[.9, .9, 0], [-1.3, -1.3, 0]] -> 0.18.
     """
     vocabulary, index = ids.unique(return_inverse=True)  # index [G, T] into U different tokens
     zeros = torch.zeros(len(ids), len(vocabulary), device=ids.device)  # [G, U]
@@ -799,7 +831,8 @@ def clipped_objective(ratio, advantages, low, high):
 
     The minimum makes the clip one-sided. A > 0: the gain is capped once ratio > 1 + high, while a ratio
     below 1 - low is still pulled back up. A < 0: capped once ratio < 1 - low, while a ratio above
-    1 + high is still pushed down.
+    1 + high is still pushed down. With a clip of 0.2, (ratio, A) -> objective, weight:
+    (1.5, 1) -> 1.2, 0;  (0.5, 1) -> 0.5, 0.5;  (1.5, -1) -> -1.5, 1.5;  (0.5, -1) -> -0.8, 0.
     """
     free, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
     return torch.min(free, clipped), ratio.detach() * (free <= clipped)
@@ -821,19 +854,23 @@ def policy_loss(
       "gspo":       the response's ratio, geometric mean over its tokens, PPO's clip. Written token by
                     token (GSPO-token), which is the same where the advantage is constant in a response.
       "dfpo-min", "dfpo-orth":  stop-gradient of the responses' ratios after min_replace or
-                    adv_orthogonal (TGC's DFPO).
+                    adv_orthogonal (TGC's DFPO). dfpo-orth goes by each response's mean advantage, so it
+                    cancels where that is all there is (--alpha 0), or where the token channel averages
+                    to 0 over each response ("intra").
+    For every one, d loss / d logprobs = -coef / denominator: coef is the whole difference between them.
     clip: (low, high). denominator: that of the whole update, if this is a micro-batch of it.
-    Statistics: clip_fraction, approx_kl (to the sampler, k3), and coef [N, T], the effective coefficients.
+    Statistics: clip_fraction, approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T].
     Raises ValueError for an unknown loss.
     """
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
-    logprobs, old_logprobs = (x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs))
+    logprobs, old_logprobs, advantages = (
+        x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs, advantages)
+    )  # whatever stands at padding, even -inf or NaN, is out
     log_ratio = logprobs - old_logprobs  # [N, T]
     ratio, scale = log_ratio.exp(), 1.0
-    if loss not in ("grpo", "grpo-fix"):  # one ratio a response; the second factor is 1 and has the gradient
-        ratio = (log_ratio.detach().sum(1, keepdim=True) / lengths).exp() * (
-            logprobs - logprobs.detach()
-        ).exp()
+    if loss not in ("grpo", "grpo-fix"):
+        sequence_ratio = (log_ratio.detach().sum(1, keepdim=True) / lengths).exp()  # [N, 1]
+        ratio = sequence_ratio * (logprobs - logprobs.detach()).exp()  # the second factor is 1
     if loss in ("grpo", "gspo"):
         objective, weight = clipped_objective(ratio, advantages, *clip)
         scale = 1.0 if loss == "grpo" else 1.0 / lengths
@@ -843,7 +880,7 @@ def policy_loss(
     clipped = (weight != ratio.detach()) * mask if loss in ("grpo", "gspo", "grpo-fix") else torch.zeros(1)
     stats = {
         "clip_fraction": float(clipped.sum() / mask.sum().clamp(min=1)),
-        "approx_kl": float(k3(logprobs.detach(), old_logprobs).sum() / mask.sum().clamp(min=1)),
+        "approx_kl": float(k3(old_logprobs, logprobs.detach()).sum() / mask.sum().clamp(min=1)),
         "coef": weight * scale * advantages * mask,
     }
     denominator = loss_denominator(mask, loss) if denominator is None else denominator
@@ -865,12 +902,12 @@ def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
     return weight.reshape(-1, 1).expand_as(ratio)
 
 
-def k3(logprobs, other_logprobs):
-    """Schulman's k3 estimate of KL(policy || other), for tokens sampled from the policy: elementwise, >= 0.
+def k3(log_p, log_q):
+    """Schulman's k3 estimate of KL(p || q) at tokens sampled from p, elementwise: never below 0.
 
     Mask the log-probabilities before, not the result after: at padding the exponential may be infinite.
     """
-    difference = other_logprobs - logprobs
+    difference = log_q - log_p
     return difference.exp() - difference - 1
 
 
@@ -901,49 +938,52 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
 
     The denominator is that of the whole update, so the micro-batch size changes no gradient. The old
     log-probabilities are the sampler's: no pass is spent on them. A step whose loss or gradient is not
-    finite is skipped and said. reference: the starting policy, for --kl.
+    finite is skipped and said; the statistics are means over the others. reference: for --kl.
     """
     model.train()
-    G, totals, skipped = args.group_size, defaultdict(list), 0
+    G, steps, skipped = args.group_size, [], 0
     clip = args.clip or CLIP.get(args.loss, (0.2, 0.2))
     denominator, tokens = loss_denominator(rollout.mask, args.loss), rollout.mask.sum()
     for _ in range(args.updates):
-        total, coef = 0.0, torch.zeros_like(advantages)
+        stats, coef = defaultdict(float), torch.zeros_like(advantages)
         for rows in micro_batches(rollout.mask.sum(1), G, args.micro_batch or len(rollout.ids)):
             ids, attention, T = trim(rollout, rows, G)
             logprobs = token_logprobs(model, ids, attention, T, args.temperature, G)  # [n, T]
             old, adv, mask = rollout.logprobs[rows, :T], advantages[rows, :T], rollout.mask[rows, :T]
-            loss, stats = policy_loss(logprobs, old, adv, mask, G, args.loss, clip, denominator)
+            loss, part = policy_loss(logprobs, old, adv, mask, G, args.loss, clip, denominator)
             if reference is not None:
                 with torch.no_grad():
                     anchor = token_logprobs(reference, ids, attention, T, args.temperature, G)
-                pair = (x.masked_fill(mask == 0, 0.0) for x in (logprobs, anchor))
-                loss = loss + args.kl * k3(*pair).sum() / tokens
+                loss = loss + args.kl * k3(logprobs, anchor).sum() / tokens  # both are 0 at padding
             loss.backward()
-            total += loss.item()
-            coef[rows, :T] = stats.pop("coef")
-            share = float(mask.sum() / tokens)
-            for name, value in stats.items():
-                totals[name].append(value * share / args.updates)
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        if math.isfinite(total) and math.isfinite(norm):
+            coef[rows, :T] = part.pop("coef")
+            stats["loss"] += loss.item()
+            for name, value in part.items():
+                stats[name] += value * float(mask.sum() / tokens)
+        stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
             optimizer.step()
-            totals["loss"].append(total / args.updates)
-            totals["grad_norm"].append(norm / args.updates)
+            steps.append(stats | {"residual": mean_residual(coef, rollout, G)})
         else:
             skipped += 1
-            tqdm.write(f"update skipped: loss {total}, gradient norm {norm}")
+            tqdm.write(f"update skipped: loss {stats['loss']}, gradient norm {stats['grad_norm']}")
         optimizer.zero_grad()
-        groups = [
-            group for group in zip(*(x.split(G) for x in (coef, rollout.ids, rollout.mask))) if group[0].any()
-        ]
-        tax = sum(cancellation_residual(*group) for group in groups) / max(len(groups), 1)
-        totals["residual"].append(tax / args.updates)
-    return {name: sum(values) for name, values in totals.items()} | {"skipped": skipped}
+    names = ("loss", "grad_norm", "clip_fraction", "approx_kl", "residual")
+    return {name: sum(s[name] for s in steps) / max(len(steps), 1) for name in names} | {"skipped": skipped}
+
+
+def mean_residual(coef, rollout, group_size):
+    """cancellation_residual, mean over the groups that push at all; coef [N, T]."""
+    groups = zip(*(x.split(group_size) for x in (coef, rollout.ids, rollout.mask)))
+    residuals = [cancellation_residual(*group) for group in groups if group[0].any()]
+    return sum(residuals) / max(len(residuals), 1)
 
 
 # ==================================================================================================
 # 8. The loop: sample, verify, relevance, advantages, update; measure, show, save
+#
+# In: the command line.  Out: a trained policy, and the record of how it came about.  `train_step` is the
+# opening picture in code; all that is around it loads, measures, shows and saves.
 # ==================================================================================================
 
 
@@ -951,14 +991,6 @@ class Policy(NamedTuple):
     model: torch.nn.Module
     tokenizer: object
     end_ids: list[int]  # tokens that end a response
-
-
-def without_dropout(config):
-    """The config with every dropout probability at 0: dropout would make the ratios of section 7 noise."""
-    for name, value in vars(config).items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
-    return config
 
 
 @contextmanager
@@ -972,6 +1004,8 @@ def loading(flag, name):
         )
     try:
         yield
+    except BadInput:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(
@@ -1099,13 +1133,13 @@ def table(before, after):
 def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
     """One response, its tokens coloured by advantage: green is pushed up, red down; plain in a file."""
     strength = (advantages / advantages.abs().max().clamp(min=1e-6)).tolist()  # [T] in [-1, 1]
-    (text,), (tokens,) = token_spans(tokenizer, [ids[mask > 0].tolist()])
+    (text,), (tokens,) = token_spans(tokenizer, [ids[mask > 0].tolist()])  # the end token writes nothing
     pieces, shown = [], 0
     for (start, end), value in zip(tokens, strength):
         fade = 255 - int(155 * abs(value))
         red, green = (fade, 255) if value > 0 else (255, fade)
         colour = f"\033[30;48;2;{red};{green};{fade}m{{}}\033[0m" if sys.stdout.isatty() else "{}"
-        pieces.append(colour.format(text[max(start, shown) : end]))
+        pieces.append(colour.format(text[max(start, shown) : end] or "⏎" * (start == len(text))))
         shown = max(shown, end)
     marks = ", ".join(
         f"[{'x' if s > 0 else ' '}] {r.criterion}" for s, r in zip(verdicts.tolist(), task.rubrics)
@@ -1132,10 +1166,10 @@ class Stopwatch:
 
 
 def peak_memory_mb():
-    """Peak memory of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    """Peak memory of the process, or of the GPU if one was used."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (torch.cuda.max_memory_allocated() or process) / 2**20
 
 
 def task_stream(tasks, seed):
@@ -1187,7 +1221,7 @@ def train_step(policy, optimizer, discriminator, reference, stream, args):
 def train(policy, discriminator, train_tasks, eval_tasks, out, args):
     """Warm-up, then `args.steps` steps; one line a step to metrics.jsonl. Returns the lines."""
     stream, rows = task_stream(train_tasks, args.seed), []
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
     reference = copy.deepcopy(policy.model).eval() if args.kl else None
     if discriminator:
         warm_up(policy, discriminator, stream, args)
@@ -1212,13 +1246,13 @@ def train(policy, discriminator, train_tasks, eval_tasks, out, args):
 
 
 def open_run(out):
-    """Make the run's folder. Raises BadInput if it cannot be written, or holds anything already."""
+    """Make the run's folder, still empty. Raises BadInput if it cannot be written or holds anything."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise BadInput(f"--out {out}: is not empty; name a new folder")
         (out / "metrics.jsonl").touch()
-        (out / "metrics.jsonl").unlink()  # it could be written, and a run that fails to start leaves nothing
+        (out / "metrics.jsonl").unlink()
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
 
@@ -1237,7 +1271,7 @@ def load_both(path):
 def run(args):
     """Check the input, load, measure, train, measure again, save."""
     train_tasks, eval_tasks = load_both(args.data)
-    out = Path(args.out or HERE / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+    out = Path(args.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     open_run(out)
     torch.manual_seed(args.seed)
     policy, discriminator = load_policy(args.model, args.device), None
@@ -1269,134 +1303,108 @@ def run(args):
     print(f"metrics, config and the trained policy are in {out}")
 
 
+def beside(name):
+    """A path that lies beside this file, as seen from here."""
+    return os.path.relpath(Path(__file__).resolve().parent / name)
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are shown where there is one to show."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
 def number(kind, least, what):
-    """An argparse type: a finite number of this kind that is at least (a float of 0: above) `least`."""
+    """An argparse type: a finite number of this kind, at least `least`."""
 
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < least:
+            good = math.isfinite(value) and least <= value < 2**62
+        except (ValueError, OverflowError):
+            good = False
+        if not good:
             raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
         return value
 
     return parse
 
 
-COUNT = number(int, 1, "a whole number of at least 1")
-COUNT_OR_NONE = number(int, 0, "a whole number of at least 0")
-POSITIVE = number(float, sys.float_info.min, "a number above 0")
-WEIGHT = number(float, 0.0, "a number of at least 0")
-
-
 def parse_args(argv=None):
     """The command line. Raises BadInput for what cannot be."""
     parser = argparse.ArgumentParser(
+        usage="python rtt.py [options]",
         description="Train a language model on rubrics with token-level credit: RTT-GRPO and TGC's losses.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="examples:\n"
+        "  python rtt.py                                        the embedded model and stories\n"
+        "  python rtt.py --alpha 0 --reward csr                 plain GRPO, on the share of rubrics met\n"
+        "  python rtt.py --loss dfpo-min --updates 4            off policy, with weights that cancel\n"
+        "  python rtt.py --model runs/NAME/policy --seed 1      go on from a trained policy",
+        formatter_class=Help,
     )
 
     def error(message):
         raise BadInput(message)
 
     parser.error = error
+    some, any_number = (
+        number(int, 1, "a whole number of at least 1"),
+        number(int, 0, "a whole number of at least 0"),
+    )
+    positive, weight = (
+        number(float, sys.float_info.min, "a number above 0"),
+        number(float, 0, "a number of at least 0"),
+    )
+    # fmt: off
     add = parser.add_argument_group("model and data").add_argument
-    add(
-        "--model",
-        default=str(HERE / "data" / "tiny"),
-        help="a Hugging Face model folder, or a model's name on the hub",
-    )
-    add(
-        "--data",
-        default=str(HERE / "data" / "stories"),
-        help="a folder with train.jsonl and eval.jsonl, a .jsonl file, or a data set's name on the hub",
-    )
-    add("--out", default="", help="folder for metrics, config and the trained policy (empty: runs/<time>)")
-    add(
-        "--device",
-        default="auto",
-        choices=("auto", "cpu", "cuda", "mps"),
-        help="auto takes the best there is",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of everything random; on the CPU, equal seeds give equal runs",
-    )
+    add("--model", metavar="NAME", default=beside("data/tiny"),
+        help="a Hugging Face model folder, or a model's name on the hub")
+    add("--data", metavar="NAME", default=beside("data/stories"),
+        help="folder with train and eval.jsonl, a .jsonl file, or a hub data set")
+    add("--out", metavar="DIR", default="",
+        help="new folder for metrics, config and trained policy (default: runs/<time>)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+        help="auto takes the best there is")
+    add("--seed", metavar="N", type=any_number, default=0,
+        help="of everything random; on the CPU, equal seeds give equal runs")
     add = parser.add_argument_group("rollouts").add_argument
-    add("--steps", type=COUNT, default=100, help="RL steps")
-    add("--prompts", type=COUNT, default=8, help="prompts a step")
-    add("--group-size", type=COUNT, default=8, help="responses a prompt (G), at least 2")
-    add("--max-new-tokens", type=COUNT, default=64, help="length limit of a response, in tokens")
-    add("--temperature", type=POSITIVE, default=1.0, help="sampling temperature")
+    add("--steps", metavar="N", type=some, default=100, help="RL steps")
+    add("--prompts", metavar="N", type=some, default=8, help="prompts a step")
+    add("--group-size", metavar="G", type=some, default=8, help="responses a prompt, at least 2")
+    add("--max-new-tokens", metavar="N", type=some, default=64, help="length limit of a response, in tokens")
+    add("--temperature", metavar="X", type=positive, default=1.0, help="of sampling")
     add = parser.add_argument_group("rewards and advantages (RTT)").add_argument
-    add(
-        "--reward",
-        choices=("aon", "csr"),
-        default="aon",
-        help="all rubrics or nothing; or the share of them satisfied",
-    )
-    add(
-        "--relevance",
-        choices=("discriminator", "evidence", "uniform"),
-        default="discriminator",
-        help="where relevance comes from: learned; the verifiers' evidence; the same for every token",
-    )
+    add("--reward", choices=("aon", "csr"), default="aon",
+        help="all rubrics or nothing; or the share of them satisfied")
+    add("--relevance", choices=("discriminator", "evidence", "uniform"), default="discriminator",
+        help="of tokens to verdicts: learned; the verifiers' own; all alike (with intra, plain GRPO)")
     add("--partition", choices=PARTITIONS, default="intra", help="what the token rewards are normalised over")
-    add("--alpha", type=WEIGHT, default=0.5, help="weight of the token-level advantage; 0 is plain GRPO")
+    add("--alpha", metavar="X", type=weight, default=0.5, help="weight of the token level; 0 is plain GRPO")
     add("--combine", choices=("add", "mix"), default="add", help="A + alpha a; or (1 - alpha) A + alpha a")
-    add(
-        "--discriminator",
-        default="",
-        help="model folder the discriminator starts from (empty: that of --model)",
-    )
-    add("--discriminator-lr", type=POSITIVE, default=1e-3, help="its learning rate")
-    add("--warmup", type=COUNT_OR_NONE, default=12, help="rollouts it is trained on before the first RL step")
+    add("--discriminator", metavar="NAME", default="", help="model it starts from (default: that of --model)")
+    add("--discriminator-lr", metavar="X", type=positive, default=1e-3, help="its learning rate")
+    add("--warmup", metavar="N", type=any_number, default=12,
+        help="rollouts it learns from before the first RL step")
     add = parser.add_argument_group("update (TGC)").add_argument
-    add(
-        "--loss",
-        choices=LOSSES,
-        default="grpo",
-        help="how ratios become weights; grpo-fix and dfpo-* cancel on shared tokens",
-    )
-    add(
-        "--clip",
-        type=POSITIVE,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="clip range below and above 1 (default 0.2 0.2; gspo 3e-4 4e-4)",
-    )
-    add("--updates", type=COUNT, default=1, help="optimiser steps a rollout")
-    add("--lr", type=POSITIVE, default=3e-4, help="learning rate of the policy (AdamW, constant)")
-    add("--max-grad-norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
-    add(
-        "--kl",
-        type=WEIGHT,
-        default=0.0,
-        help="weight of the KL penalty to the starting policy; 0 costs nothing",
-    )
-    add(
-        "--micro-batch",
-        type=COUNT_OR_NONE,
-        default=0,
-        help="responses a forward pass in the update, whole groups (0: all)",
-    )
+    add("--loss", choices=LOSSES, default="grpo", help="how ratios become weights; see policy_loss")
+    add("--clip", metavar=("LOW", "HIGH"), type=positive, nargs=2,
+        help="range around 1 (default: 0.2 0.2; gspo 3e-4 4e-4)")
+    add("--updates", metavar="N", type=some, default=1, help="optimiser steps a rollout")
+    add("--lr", metavar="X", type=positive, default=3e-4, help="learning rate of the policy (Adam, constant)")
+    add("--max-grad-norm", metavar="X", type=positive, default=1.0, help="gradients are clipped to this norm")
+    add("--kl", metavar="X", type=weight, default=0.0,
+        help="weight of the KL to the starting policy; 0 costs nothing")
+    add("--micro-batch", metavar="N", type=any_number, default=0,
+        help="responses a pass of the update, whole groups (0: all)")
     add = parser.add_argument_group("measuring").add_argument
-    add(
-        "--eval-every",
-        type=COUNT_OR_NONE,
-        default=25,
-        help="steps between held-out evaluations (0: only at start and end)",
-    )
-    add("--eval-prompts", type=COUNT, default=256, help="prompts of those; start and end take all")
-    add(
-        "--show-every",
-        type=COUNT_OR_NONE,
-        default=50,
-        help="steps between responses shown with their credit (0: never)",
-    )
+    add("--eval-every", metavar="N", type=any_number, default=25,
+        help="steps between held-out evaluations (0: only first and last)")
+    add("--eval-prompts", metavar="N", type=some, default=256,
+        help="prompts in each of these; the first and the last use all")
+    add("--show-every", metavar="N", type=any_number, default=50,
+        help="steps between responses shown with their credit (0: never)")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.group_size < 2:
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
@@ -1407,9 +1415,7 @@ def parse_args(argv=None):
     best = torch.accelerator.current_accelerator(check_available=True)
     best = best.type if best else "cpu"
     if args.device not in ("auto", "cpu", best):
-        raise BadInput(
-            f"--device {args.device}: there is none here, only cpu{'' if best == 'cpu' else ' and ' + best}"
-        )
+        raise BadInput(f"--device {args.device}: there is none here, only {' and '.join({'cpu', best})}")
     args.device = best if args.device == "auto" else args.device
     return args
 
