@@ -358,18 +358,6 @@ def test_sampler_and_scorer_agree_with_a_plain_forward_pass(make_model, temperat
         assert close(shared[i, :n], logp, 1e-4) and close(single[i, :n], logp, 1e-4)
 
 
-def test_gradients_flow_through_the_shared_prompt():
-    model = tiny_model()
-    ids, attention, T = rtt.trim(roll(model), torch.arange(12), 4)
-    gradients = []
-    for group_size in (1, 4):
-        logprobs = rtt.token_logprobs(model, ids, attention, T, group_size=group_size)
-        (logprobs * attention[:, -T:]).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        model.zero_grad()
-    assert close(gradients[1] / gradients[0].norm(), gradients[0] / gradients[0].norm())
-
-
 @pytest.mark.parametrize("make_model", MODELS)
 def test_samples_of_a_prompt_do_not_depend_on_the_rest_of_the_batch(make_model):
     model = make_model()
@@ -681,7 +669,7 @@ def test_partitions_against_loops_with_1_2_and_7_rubrics_in_one_ragged_batch(par
         verdicts[rows, : sizes[p]], relevance[rows, : sizes[p]] = v, w
     mask = torch.cat([m for _, _, m, _ in groups])
     relevance += 100.0 * (1 - mask[:, None])  # garbage at padding
-    args = SimpleNamespace(group_size=G, partition=partition, alpha=0.5, combine="add")
+    args = SimpleNamespace(group_size=G, partition=partition, alpha=0.25, combine="add")
     rewards = rtt.response_reward(verdicts, "csr")
     combined = rtt.group_advantages(rewards, verdicts, relevance, mask, args)  # [N, T]
     for p, (v, w, _, lengths) in enumerate(groups):
@@ -692,7 +680,7 @@ def test_partitions_against_loops_with_1_2_and_7_rubrics_in_one_ragged_batch(par
         response = normalize([((row > 0).sum() / len(row)).item() for row in v], 1e-6)
         for i in range(G):
             for t in range(T):
-                value = response[i] + 0.5 * expected[i, t] if t < lengths[i] else 0.0
+                value = response[i] + 0.25 * expected[i, t] if t < lengths[i] else 0.0
                 assert close(combined[p * G + i, t], value), (p, i, t)
 
 
@@ -720,7 +708,7 @@ def test_release_trap_reshape_for_permute_mixes_the_rubrics_of_different_respons
     mask = torch.ones_like(mask)
     reward = verdicts[..., None] * relevance  # [G, K, T]
     row = lambda entries: torch.tensor(normalize(entries.flatten().tolist(), 0.1)).view(4, 6)
-    inter = lambda reward: torch.stack([row(of_rubric) for of_rubric in reward]).mean(0)  # [K, G, T] -> [G, T]
+    inter = lambda reward: torch.stack([row(of_rubric) for of_rubric in reward]).mean(0)  # -> [G, T]
     advantage = rtt.token_advantage(verdicts, relevance, mask, "inter")
     assert close(advantage, inter(reward.permute(1, 0, 2)))
     assert (advantage - inter(reward.reshape(3, 4, 6))).abs().max() > 0.1
@@ -968,7 +956,7 @@ def test_update_follows_the_gradient_of_plain_forward_passes_in_micro_batches_of
         logprobs[i, : len(response)] = naive_logprobs(model, prompt, response, 1.3)[0]
     value, stats = rtt.policy_loss(logprobs, rollout.logprobs, advantages, rollout.mask, 4, loss, clip)
     expected = flat_grad(value, model)
-    groups = [(stats["coef"][rows], rollout.ids[rows], rollout.mask[rows]) for rows in torch.arange(12).split(4)]
+    groups = zip(*(x.split(4) for x in (stats["coef"], rollout.ids, rollout.mask)))
     expected_stats = dict(
         loss=value.item(),
         grad_norm=expected.norm().item(),
@@ -1019,15 +1007,20 @@ def test_the_kl_penalty_has_the_gradient_of_its_definition():
     assert close(gradient / expected.norm(), expected / expected.norm(), 1e-5)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", ["nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_said(bad, capsys):
     model = tiny_model()
     rollout, advantages = off_policy_rollout(model)
-    broken = advantages.clone()
-    broken[5, 0] = bad
+    broken, hook = advantages.clone(), None
+    if bad == "gradient":  # the loss is finite, its gradient is not
+        hook = next(model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    else:
+        broken[5, 0] = float(bad)
     gradient, stats = gradient_of_update(model, rollout, broken, options(micro_batch=4))
     assert not gradient.any() and stats["skipped"] == 1
     assert "skipped" in "".join(capsys.readouterr())
+    if hook:
+        hook.remove()
     gradient, stats = gradient_of_update(model, rollout, advantages, options(micro_batch=4))
     fresh = gradient_of_update(tiny_model(), rollout, advantages, options(micro_batch=4))[0]
     assert stats["skipped"] == 0 and close(gradient, fresh)  # nothing of the skipped step is left
@@ -1224,6 +1217,53 @@ def test_every_variant_runs_and_has_a_discriminator_only_where_it_is_needed(fold
     row = train(folder, data, tmp_path / "run", *flags.split())[-1]
     assert math.isfinite(row["loss"]) and row["skipped"] == 0
     assert ("f1" in row) == ("--relevance" not in flags and "--alpha" not in flags)
+    assert (row["reward"] == row["instruction"]) == ("csr" not in flags)
+
+
+def test_the_kl_anchor_is_the_starting_policy_and_only_where_asked(folder, data, tmp_path, monkeypatch):
+    anchors, update = [], rtt.update
+    monkeypatch.setattr(rtt, "update", lambda *args: anchors.append(args[-1]) or update(*args))
+    train(folder, data, tmp_path / "off")
+    train(folder, data, tmp_path / "on", "--kl", "0.1")
+    start = rtt.load_policy(str(folder), "cpu").model
+    assert anchors[:2] == [None, None]
+    assert all(map(torch.equal, anchors[3].parameters(), start.parameters()))  # as it was, two steps later
+
+
+def test_the_relevance_flag_chooses_where_relevance_comes_from(folder, data, tmp_path, monkeypatch):
+    seen, real = [], rtt.group_advantages
+    monkeypatch.setattr(rtt, "group_advantages", lambda *args: seen.append(args[2]) or real(*args))
+    for source in ("uniform", "evidence", "discriminator"):
+        train(folder, data, tmp_path / source, "--relevance", source, "--steps", "1")
+    uniform, evidence, learned = seen
+    assert (uniform == 1).all() and set(evidence.unique().tolist()) == {0.0, 1.0}
+    assert ((learned > 0) & (learned < 1)).any()
+
+
+def test_rollout_metrics_by_hand():
+    verdicts = torch.tensor([[1, 1], [1, -1], [-1, 0], [1, 0]])  # the second prompt has one rubric
+    mask, entropy = torch.tensor([[1, 1, 0]] * 4), torch.full((4, 3), 0.5) * torch.tensor([1, 1, 0])
+    truncated = torch.tensor([True, False, False, False])
+    rollout = rtt.Rollout(None, None, None, mask, None, entropy, truncated)
+    metrics = rtt.rollout_metrics(rollout, verdicts, torch.tensor([1.0, 0.5, 0.25, 0.25]), 2)
+    shares = dict(reward=0.5, instruction=0.5, rubric=4 / 6, truncated=0.25, zero_variance=0.5)
+    assert metrics == pytest.approx(dict(shares, entropy=0.5, tokens=8))
+
+
+def test_a_policy_ends_at_the_end_tokens_of_tokenizer_and_generation_config(folder, tokenizer, tmp_path):
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = [7, 9]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert rtt.load_policy(str(tmp_path), "cpu").end_ids == sorted({7, 9, tokenizer.eos_token_id})
+
+
+def test_a_prompt_goes_through_the_chat_template_where_there_is_one(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "[{{ messages[0].content }}]{% if add_generation_prompt %}>{% endif %}"
+    assert tokenizer.decode(rtt.encode_prompt(tokenizer, "Tell.")) == "[Tell.]>"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(rtt.encode_prompt(tokenizer, "Tell.")) == "Tell."
 
 
 def test_a_file_keeps_its_last_tenth_for_measuring(tmp_path):
