@@ -3,15 +3,39 @@
 Why: reinforcement learning from rubrics needs a policy that is already *sometimes* right. A download would do, but a
 laptop without a GPU wants a model that samples in seconds. So this file writes little stories from templates, each
 asked for with 3 to 5 rubrics in IFEval's schema, trains a byte-level BPE tokenizer on them, and then a Qwen2 model of
-about one million parameters by supervised learning, in two phases:
+about one million parameters by supervised learning, in three phases:
 
-    A  demonstrations that obey each rubric 9 times in 10: here the model learns what the instructions mean;
-    B  a short second phase whose demonstrations obey each rubric with a lower probability, which sets the start:
+    0  short prompts that only ask for keywords: here the model learns to copy a word from the prompt;
+    A  demonstrations that obey each rubric 9 times in 10: here it learns what the other instructions mean;
+    B  a short last phase whose demonstrations obey each rubric with a lower probability, which sets the start:
        a policy that knows how to obey, and often does not. That is what RL is to change.
 
 A demonstration is planned to obey or to break each rubric of its prompt, and kept only if `rtt.verify` agrees.
 
     python data/make_tiny.py [--out DIR] [--warm DIR]
+
+It needs no download, takes about 35 minutes on one CPU core, and is seeded throughout. With `--warm DIR` phase A is kept
+there, so that another start (`obey` in PHASE_B) takes 7 minutes. It prints the loss and a quick look at each kind of
+rubric while it trains, and at the end how good the start is, this table and a few samples. 512 held-out prompts, one
+sample each at temperature 1; "not asked": the same prompt without the sentence that asks for this rubric.
+
+    rubrics satisfied 55.7 %; all rubrics of the prompt 12.1 % (with 3 rubrics 20.4 %, with 4 10.2 %, with 5 4.9 %)
+    (three more samples of each prompt: 53.2, 53.5, 54.9 % and 10.4, 9.6, 10.4 %)
+    response tokens: mean 39.1; ended within 64: 98.6 %
+
+    satisfied, %                               asked  not asked
+    keywords:existence                            52          1
+    keywords:forbidden_words                      67          0
+    keywords:frequency                            38          0
+    length_constraints:number_sentences           55         14
+    length_constraints:number_words               58         10
+    punctuation:no_comma                          58          4
+    startend:end_checker                          54          0
+    startend:quotation                            50          0
+    change_case:english_lowercase                 62          0
+    detectable_content:postscript                 63          0
+    detectable_format:title                       57          0
+    detectable_format:number_bullet_lists         56          0
 """
 import argparse
 import json
@@ -21,6 +45,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from statistics import fmean as mean
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +142,8 @@ WORDINGS = {
         "Write {relation} {n} sentences.", "The story should have {relation} {n} sentences.",
         "Use {relation} {n} sentences.", "Its length is {relation} {n} sentences."],
     "length_constraints:number_words": [
-        "Write {relation} {n} words.", "The story should have {relation} {n} words.",
-        "Use {relation} {n} words.", "Its length is {relation} {n} words."],
+        "Write {relation} {n} words.", "The story should have {relation} {n} words.", "Use {relation} {n} words.",
+        "Its length is {relation} {n} words."],
     "punctuation:no_comma": [
         "Do not use any commas.", "No commas please.", "Write it without commas.", "There must be no comma."],
     "startend:end_checker": [
@@ -226,10 +251,10 @@ def plan_story(rubrics, obey, rng):
             plan["comma"] = not good
         elif good:
             plan[{QUOTE: "quote", LOWER: "lower", PS: "ps", TITLE: "title"}[kind]] = True
-    for kind in (WORDS, SENTENCES, BULLETS):           # the later one decides
+    if set(sizes) == {WORDS} and any(r.id == SENTENCES for r in rubrics):
+        sizes[WORDS] = rng.choice([3, 4])              # the length in words, but not the number of sentences
+    for kind in (WORDS, SENTENCES, BULLETS):           # the last one decides
         plan["n"] = sizes.get(kind, plan["n"])
-    if SENTENCES not in sizes and BULLETS not in sizes and WORDS in sizes and any(r.id == SENTENCES for r in rubrics):
-        plan["n"] = rng.choice([3, 4])                 # the length in words without the number of sentences
     plan["keys"] = {k: c for k, c in plan["keys"].items() if c}
     return plan
 
@@ -259,7 +284,8 @@ def write_story(topic, plan, rng):
         who=name if hero in avoid else f"{name} the {hero}",
         a_who=rng.choice([f"a {rng.choice(['little', 'young', 'clever'])} {kind_of} named {name}",
                           f"a {kind_of} named {name}"]),
-        where=rng.choice(["far away", "outside", "in a quiet place"]) if place in avoid else f"{PLACES[place]} the {place}",
+        where=(rng.choice(["far away", "outside", "in a quiet place"]) if place in avoid
+               else f"{PLACES[place]} the {place}"),
         thing=rng.choice([f"something {adj}", f"a {adj} thing"]) if thing in avoid else f"a {adj} {thing}",
         weather=rng.choice(WEATHER), mood=rng.choice(MOODS), good=rng.choice(GOOD_MOODS), adj=rng.choice(ADJECTIVES))
     n = plan["n"] - (plan["end"] is not None and not plan["bullets"])
@@ -330,17 +356,19 @@ def demonstrations(count, p, rng, fits, taken=(), **of):
 CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
                  "+ '<|im_end|>' + '\\n' }}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-OTHER_TEXT = ["The quick brown fox jumps over the lazy dog. 0 1 2 3 4 5 6 7 8 9 10 20 50 100", "# Title\n\n- one\n- two\n",
-              "def add(a, b):\n    return a + b\n", "naïve café, Übung, 你好, 😀"]
+OTHER_TEXT = ["The quick brown fox jumps over the lazy dog. 0 1 2 3 4 5 6 7 8 9 10 20 50 100",
+              "# Title\n\n- one\n- two\n", "def add(a, b):\n    return a + b\n", "naïve café, Übung, 你好, 😀"]
 
 
 def make_tokenizer(texts, folder):
-    """Byte-level BPE: every text encodes, and decodes to itself. Written as plain files, chat template included."""
+    """Byte-level BPE: every text encodes, and decodes to itself (after NFC, Unicode's composed form, as with Qwen's own
+    tokenizer). Beside a Qwen2 config, AutoTokenizer takes only vocabulary and merges from tokenizer.json and splits
+    words in Qwen2's way, so it is trained that way too. Written as plain files, the chat template included."""
     tokenizer = Tokenizer(models.BPE())
-    words = Regex(PRETOKENIZE_REGEX)                   # as Qwen2Tokenizer, which is what AutoTokenizer makes of it
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(words, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.train_from_iterator(texts + OTHER_TEXT, trainers.BpeTrainer(
@@ -370,7 +398,7 @@ def chat(prompt):
 
 
 def batches(pairs, tokenizer, rng):
-    """Endless batches (ids, labels, length of the longest): alike in length, padded on the right, so that causal
+    """Endless batches (ids, labels): alike in length, padded on the right, so that causal
     attention needs no mask. Labels are -100 except on the response and its end token."""
     prompts = tokenizer([chat(task["prompt"]) for task, _ in pairs])["input_ids"]
     stories = tokenizer([story + "<|im_end|>" for _, story in pairs])["input_ids"]
@@ -420,10 +448,10 @@ def respond(model, tokenizer, prompts, seed=0):
     """One sample for each prompt at temperature 1, at most 64 tokens. Returns (texts, lengths, ended)."""
     model.eval()
     torch.manual_seed(seed)
-    tokenizer.padding_side = "left"
     texts, lengths, ended = [], [], []
     for at in range(0, len(prompts), 128):
-        batch = tokenizer([chat(p) for p in prompts[at:at + 128]], padding=True, return_tensors="pt")
+        batch = tokenizer([chat(p) for p in prompts[at:at + 128]], padding=True, padding_side="left",
+                          return_tensors="pt")
         out = model.generate(**batch, max_new_tokens=64, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
         for row in out[:, batch["input_ids"].shape[1]:].tolist():
             end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
@@ -439,15 +467,15 @@ def satisfied(tasks, texts):
     return [[rtt.verify(r, text).satisfied for r in task["rubrics"]] for task, text in zip(tasks, texts)]
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / max(1, len(values))
+def by_kind(tasks, verdicts):
+    """Per kind of rubric: the share of its verdicts that are true."""
+    pairs = [(r.id, v) for task, vs in zip(tasks, verdicts) for r, v in zip(task["rubrics"], vs)]
+    return {kind: mean(v for k, v in pairs if k == kind) for kind in KINDS}
 
 
 def quick_look(model, tokenizer, tasks):
-    verdicts = satisfied(tasks, respond(model, tokenizer, [t["prompt"] for t in tasks])[0])
-    rates = {k: mean(v for t, vs in zip(tasks, verdicts) for r, v in zip(t["rubrics"], vs) if r.id == k) for k in KINDS}
-    return " ".join(f"{k.split(':')[1][:12]} {100 * rate:.0f}" for k, rate in rates.items())
+    rates = by_kind(tasks, satisfied(tasks, respond(model, tokenizer, [t["prompt"] for t in tasks])[0]))
+    return " ".join(f"{kind.split(':')[1][:12]} {100 * rate:.0f}" for kind, rate in rates.items())
 
 
 def report(model, tokenizer, tasks):
@@ -460,14 +488,13 @@ def report(model, tokenizer, tasks):
     print("all rubrics, by their number: " + ", ".join(
         f"{n}: {100 * mean(all(vs) for vs in verdicts if len(vs) == n):.1f} %" for n in (3, 4, 5)))
     print(f"response tokens: mean {mean(lengths):.1f}; ended within 64: {100 * mean(ended):.1f} %\n")
-    without = [(r, " ".join([t["request"], *[p for p in t["parts"] if p != part]]))
+    without = [dict(prompt=" ".join([t["request"], *[p for p in t["parts"] if p != part]]), rubrics=[r])
                for t in tasks for r, part in zip(t["rubrics"], t["parts"])]
-    texts_without = respond(model, tokenizer, [prompt for _, prompt in without], seed=1)[0]
-    base = [rtt.verify(r, text).satisfied for (r, _), text in zip(without, texts_without)]
+    base = satisfied(without, respond(model, tokenizer, [t["prompt"] for t in without], seed=1)[0])
+    asked, not_asked = by_kind(tasks, verdicts), by_kind(without, base)
     print(f"{'satisfied, %':42} asked  not asked")
     for kind in KINDS:
-        asked = mean(v for t, vs in zip(tasks, verdicts) for r, v in zip(t["rubrics"], vs) if r.id == kind)
-        print(f"{kind:42} {100 * asked:5.0f} {100 * mean(v for (r, _), v in zip(without, base) if r.id == kind):10.0f}")
+        print(f"{kind:42} {100 * asked[kind]:5.0f} {100 * not_asked[kind]:10.0f}")
     for task, text in list(zip(tasks, texts))[:8]:
         print(f"\n> {task['prompt']}\n{text}")
 
@@ -485,7 +512,7 @@ def main():
     parser.add_argument("--warm", type=Path, help="phase A is read from this folder, or written to it if it is empty")
     args = parser.parse_args()
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)                         # the sums then come out the same, however many cores there are
+    torch.set_num_threads(1)                           # the same sums on any number of cores
     tiny, stories = args.out / "tiny", args.out / "stories"
     tiny.mkdir(parents=True, exist_ok=True)
     stories.mkdir(parents=True, exist_ok=True)
