@@ -14,8 +14,8 @@ A demonstration is planned to obey or to break each rubric of its prompt, and ke
 
     python data/make_tiny.py [--out DIR] [--warm DIR]
 
-It needs no download, takes about 35 minutes on one CPU core, and is seeded throughout. With `--warm DIR` phase A is kept
-there, so that another start (`obey` in PHASE_B) takes 7 minutes. It prints the loss and a quick look at each kind of
+It needs no download, takes about 35 minutes on one CPU core, and is seeded throughout. With `--warm DIR` phase A is
+kept there, so that another start (`obey` in PHASE_B) takes 7 minutes. It prints the loss and a quick look at each kind of
 rubric while it trains, and at the end how good the start is, this table and a few samples. 512 held-out prompts, one
 sample each at temperature 1; "not asked": the same prompt without the sentence that asks for this rubric.
 
