@@ -594,10 +594,11 @@ def grade(tokenizer, rollout, tasks):
 # ==================================================================================================
 # 4. Relevance: which tokens are responsible for a verdict?  (RTT, the token-level relevance discriminator)
 #
-# In: a criterion and a response.  Out: a relevance in [0, 1] for each response token.  The discriminator
-# is a small language model with a one-label token-classification head.  It reads the criterion, then the
-# response.  It learns from the verifiers' evidence on the policy's own rollouts, a little before RL and
-# one step alongside each RL step; where a rubric has no verifier (a judge's criterion), it generalises.
+# In: a criterion with its verdict, and a response.  Out: a relevance in [0, 1] for each response token.  The
+# discriminator is a small language model with a one-label token-classification head.  It reads criterion
+# and verdict, then the response: from left to right nobody could know that a keyword will come too few
+# times, and the same tokens are responsible for one verdict and not for the other.  It learns from the
+# verifiers' evidence on the policy's own rollouts, a little before RL and one step alongside each RL step.
 # Criterion and response are joined as token ids, so the response's tokens are the policy's own.
 # ==================================================================================================
 
@@ -608,7 +609,7 @@ def all_pairs(criteria):
 
 
 class RelevanceDiscriminator:
-    """criterion + response -> relevance of each response token."""
+    """criterion with verdict + response -> relevance of each response token."""
 
     def __init__(self, folder, tokenizer, learning_rate, device):
         """`folder`: a language model with the policy's tokenizer; by default the policy's own folder."""
@@ -648,7 +649,7 @@ class RelevanceDiscriminator:
             relevance[i, k, :T] = self.logits(texts, ids[i, :T], mask[i, :T]).sigmoid() * mask[i, :T]
         return relevance
 
-    def fit(self, criteria, ids, mask, evidence, pairs=64):
+    def fit(self, criteria, ids, mask, evidence, pairs=48):
         """One step of cross-entropy towards evidence [N, K, T] on some random (response, rubric) pairs."""
         self.model.train()
         every = all_pairs(criteria)
@@ -911,16 +912,15 @@ def k3(log_p, log_q):
     return difference.exp() - difference - 1
 
 
-def micro_batches(lengths, group_size, responses):
-    """Split N rows into micro-batches of `responses` rows: whole groups, those of like length together.
+def micro_batches(lengths, group_size, groups):
+    """Split N rows into micro-batches of at most `groups` whole groups, those of like length together.
 
     Groups stay whole because the transformations of section 6 need all of a group's ratios, and because a
-    group's prompt is then computed once. lengths [N] -> a list of row indices [at most `responses`].
+    group's prompt is then computed once. lengths [N] of the responses -> a list of row indices.
     """
-    groups = torch.arange(len(lengths)).view(-1, group_size)  # [P, G]
+    rows = torch.arange(len(lengths)).view(-1, group_size)  # [P, G]
     longest = lengths.view(-1, group_size).amax(1).cpu()  # [P]
-    order = groups[longest.argsort(stable=True)]
-    return [rows.reshape(-1) for rows in order.split(max(responses // group_size, 1))]
+    return [part.reshape(-1) for part in rows[longest.argsort(stable=True)].split(groups)]
 
 
 def trim(rollout, rows, group_size):
@@ -946,7 +946,7 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
     denominator, tokens = loss_denominator(rollout.mask, args.loss), rollout.mask.sum()
     for _ in range(args.updates):
         stats, coef = defaultdict(float), torch.zeros_like(advantages)
-        for rows in micro_batches(rollout.mask.sum(1), G, args.micro_batch or len(rollout.ids)):
+        for rows in micro_batches(rollout.mask.sum(1), G, args.micro_batch):
             ids, attention, T = trim(rollout, rows, G)
             logprobs = token_logprobs(model, ids, attention, T, args.temperature, G)  # [n, T]
             old, adv, mask = rollout.logprobs[rows, :T], advantages[rows, :T], rollout.mask[rows, :T]
@@ -1050,9 +1050,16 @@ def roll_out(policy, tasks, group_size, seeds, args):
     return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds)
 
 
-def criteria_of(tasks, group_size):
-    """What the discriminator reads: for each of the N responses, the criteria of its prompt."""
-    return [[rubric.criterion for rubric in task.rubrics] for task in tasks for _ in range(group_size)]
+def criteria_of(tasks, verdicts):
+    """What the discriminator reads of each rubric: "yes: use the word lamp", or "no: ..." where it is violated.
+
+    verdicts [N, K] -> for each of the N responses a list of texts.
+    """
+    group_size = len(verdicts) // len(tasks)
+    return [
+        [f"{'yes' if verdict > 0 else 'no'}: {rubric.criterion}" for rubric, verdict in zip(task.rubrics, row)]
+        for task, row in zip([task for task in tasks for _ in range(group_size)], verdicts.tolist())
+    ]
 
 
 def group_advantages(rewards, verdicts, relevance, mask, args):
@@ -1105,7 +1112,7 @@ def evaluate(policy, tasks, args, discriminator=None):
                 kinds[rubric.id][0] += verdict > 0
                 kinds[rubric.id][1] += 1
         if discriminator:
-            relevance = discriminator.predict(criteria_of(chunk, 1), rollout.ids, rollout.mask)
+            relevance = discriminator.predict(criteria_of(chunk, verdicts), rollout.ids, rollout.mask)
             scored.append(scored_tokens(relevance, evidence, verdicts, rollout.mask))
     satisfied, total = map(sum, zip(*kinds.values()))
     result = dict(instruction=hits / len(tasks), rubric=satisfied / total, truncated=truncated / len(tasks))
@@ -1185,9 +1192,9 @@ def warm_up(policy, discriminator, stream, args):
     for _ in tqdm(range(args.warmup), desc="warm-up", disable=None):
         tasks, seeds = zip(*itertools.islice(stream, args.prompts))
         rollout = roll_out(policy, tasks, args.group_size, seeds, args)
-        _, _, evidence = grade(policy.tokenizer, rollout, tasks)
+        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks)
         for _ in range(4):  # a rollout costs more than a step of the discriminator
-            discriminator.fit(criteria_of(tasks, args.group_size), rollout.ids, rollout.mask, evidence)
+            discriminator.fit(criteria_of(tasks, verdicts), rollout.ids, rollout.mask, evidence)
 
 
 def train_step(policy, optimizer, discriminator, reference, stream, args):
@@ -1203,7 +1210,7 @@ def train_step(policy, optimizer, discriminator, reference, stream, args):
     with watch("relevance"):
         relevance = evidence if args.relevance == "evidence" else torch.ones_like(evidence)  # [N, K, T]
         if discriminator:
-            criteria = criteria_of(tasks, G)
+            criteria = criteria_of(tasks, verdicts)
             relevance = discriminator.predict(criteria, rollout.ids, rollout.mask)
             row["f1"], row["auroc"] = f1_and_auroc(
                 *scored_tokens(relevance, evidence, verdicts, rollout.mask)
@@ -1395,8 +1402,7 @@ def parse_args(argv=None):
     add("--max-grad-norm", metavar="X", type=positive, default=1.0, help="gradients are clipped to this norm")
     add("--kl", metavar="X", type=weight, default=0.0,
         help="weight of the KL to the starting policy; 0 costs nothing")
-    add("--micro-batch", metavar="N", type=any_number, default=0,
-        help="responses a pass of the update, whole groups (0: all)")
+    add("--micro-batch", metavar="N", type=some, default=4, help="groups (prompts) a pass of the update")
     add = parser.add_argument_group("measuring").add_argument
     add("--eval-every", metavar="N", type=any_number, default=25,
         help="steps between held-out evaluations (0: only first and last)")
@@ -1408,10 +1414,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.group_size < 2:
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
-    if args.micro_batch % args.group_size:
-        raise BadInput(
-            f"--micro-batch {args.micro_batch}: must be a multiple of --group-size {args.group_size}"
-        )
     best = torch.accelerator.current_accelerator(check_available=True)
     best = best.type if best else "cpu"
     if args.device not in ("auto", "cpu", best):
