@@ -41,8 +41,8 @@ Run it:
 
 What is simplified, and where this differs from the papers:
   - Rubrics are verified by rule, as in IFEval. RTT also has rubrics that only a model can judge.
-  - The discriminator learns online, from the verifiers' evidence on the policy's own rollouts. RTT
-    trains it beforehand, on labelled data.
+  - The discriminator learns online, from the verifiers' evidence on the policy's own rollouts, and
+    reads each criterion with its verdict. RTT trains it beforehand, on labelled data.
   - `token_advantage` divides by std + 0.1, not by std (see there why). Its partition "verdict" is an
     addition: it is what TGC's cancellation condition asks of RTT's token channel.
   - IFEval's english_lowercase also asks a language detector, its keywords are regular expressions,
@@ -1391,7 +1391,7 @@ def parse_args(argv=None):
     add("--combine", choices=("add", "mix"), default="add", help="A + alpha a; or (1 - alpha) A + alpha a")
     add("--discriminator", metavar="NAME", default="", help="model it starts from (default: that of --model)")
     add("--discriminator-lr", metavar="X", type=positive, default=1e-3, help="its learning rate")
-    add("--warmup", metavar="N", type=any_number, default=12,
+    add("--warmup", metavar="N", type=any_number, default=24,
         help="rollouts it learns from before the first RL step")
     add = parser.add_argument_group("update (TGC)").add_argument
     add("--loss", choices=LOSSES, default="grpo", help="how ratios become weights; see policy_loss")
