@@ -8,6 +8,12 @@ TGC (Token Gradient Cancellation, arXiv:2604.13088) asks of any such objective t
 responses of a group share be left alone, and repairs the weights where they are not. Both speak of
 one tensor: the coefficient with which each token's log-probability is pushed up or down.
 
+In GRPO, on which both build, the policy (the language model in training) answers each prompt with a
+group of rollouts (sampled responses). The advantage of a response is how far its reward lies above the
+group's mean, in standard deviations; it multiplies the gradient of each token's log-probability. The
+ratio of the new to the old probability weighs tokens that were sampled from an older policy (off
+policy; at 1, on policy), and the clip stops pushing once the ratio has left a small range around 1.
+
     prompts with rubrics (1)
        | sample G responses to each (2)
        v
@@ -97,7 +103,7 @@ class BadInput(ValueError):
 # The verdict becomes the reward (section 3).  The evidence is what the token discriminator learns to
 # find (section 4).  The data schema and the verdicts are IFEval's (arXiv:2311.07911), strict.
 #
-# Evidence is the smallest set of characters whose change would flip the verdict: the comma, the
+# Evidence is what the verdict rests on, the characters whose change would flip it: the comma, the
 # keyword that is there, the bullets that are counted.  A verdict that rests on no character (a
 # forbidden word that is absent, a keyword that is missing) has none.  A verdict that rests on the
 # response ending where it does has the empty span (len, len): it stands for the end token.
@@ -147,7 +153,7 @@ def verifier(rubric_id, criterion):
 def verify(rubric, response, prompt=""):
     """Verdict and evidence of one rubric on one response, as IFEval's strict verifiers see it.
 
-    An empty response satisfies nothing. `prompt` is there for rubrics that refer to it.
+    Strict: an empty response satisfies nothing. `prompt` is for rubrics that refer to it; these do not.
     """
     if not response.strip():
         return Verdict(False, end_of(response))
@@ -195,7 +201,7 @@ def keywords_forbidden_words(text, forbidden_words):
 @verifier("keywords:frequency", "use the word {keyword} {relation} {frequency} times")
 def keywords_frequency(text, keyword, frequency, relation):
     """The keyword occurs at least / less than `frequency` times."""
-    return count_verdict(spans(re.escape(keyword), text), relation, frequency, absence=[])
+    return count_verdict(spans(re.escape(keyword.strip()), text), relation, frequency, absence=[])
 
 
 # A run of . ! ? before white space or the end; a single dot after an abbreviation or initial is none.
@@ -256,15 +262,19 @@ def english_lowercase(text):
 def postscript(text, postscript_marker):
     """The postscript's marker occurs, in any case."""
     marker = postscript_marker.strip()
-    pattern = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}.get(marker, re.escape(marker))
-    found = spans(pattern, text)
+    pattern = {"P.S.": r"[Pp]\.\s?[Ss]\.", "P.P.S": r"[Pp]\.\s?[Pp]\.\s?[Ss]"}.get(marker)
+    found = spans(pattern, text, flags=0) if pattern else spans(re.escape(marker), text)
     return bool(found), found
 
 
 @verifier("detectable_format:title", "give it a title in double angular brackets")
 def title(text):
-    """There is a title such as <<The Lamp>>, on one line and not empty."""
-    found = [(a, b) for a, b in spans(r"(?<!<)<<[^\n]+>>", text) if text[a:b].lstrip("<").rstrip(">").strip()]
+    """There is a title such as <<The Lamp>>: on one line, from its first << to its last >>, not empty."""
+    found = []
+    for line in re.finditer(r"[^\n]+", text):
+        first, last = line[0].find("<<"), line[0].rfind(">>")
+        if 0 <= first <= last - 3 and line[0][first : last + 2].lstrip("<").rstrip(">").strip():
+            found.append((line.start() + first, line.start() + last + 2))
     return bool(found), found
 
 
@@ -339,6 +349,8 @@ def load_tasks(path_or_hub_id, split="train"):
         raise BadInput(f"{path}: has no {split}.jsonl; a folder of data needs train.jsonl and eval.jsonl")
     path = path / f"{split}.jsonl" if path.is_dir() else path
     if path.is_file():
+        if not os.access(path, os.R_OK):
+            raise BadInput(f"{path}: cannot be read (permission denied)")
         lines = [
             (f"{path}:{n}", line) for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()
         ]
@@ -351,7 +363,10 @@ def load_tasks(path_or_hub_id, split="train"):
         try:
             tasks.append(make_task(json.loads(line) if isinstance(line, bytes) else line))
         except (ValueError, RecursionError) as error:  # json's own errors, and text that is not UTF-8
-            reason = error if isinstance(error, BadInput) else f"not JSON text: {error}"
+            detail = (
+                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            )
+            reason = error if isinstance(error, BadInput) else f"not JSON text: {detail}"
             raise BadInput(f"{where}: {reason}") from None
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
@@ -360,12 +375,12 @@ def load_tasks(path_or_hub_id, split="train"):
 
 def hub_rows(name, split):
     """The rows of a data set on the hub. Raises BadInput where it cannot be had."""
-    import datasets  # slow to import, and local files do not need it
-
     if not re.fullmatch(HUB_ID, name) or name.endswith((".jsonl", ".json")):
         raise BadInput(
             f"{name}: no such file; --data takes a .jsonl file, a folder or the name of a hub data set"
         )
+    import datasets  # slow to import, and local files do not need it
+
     try:
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
@@ -418,8 +433,11 @@ def left_pad(rows, pad_id, device):
 
 
 def draw(logp, uniform):
-    """One token a row by inverse CDF: logp [N, V] log-probabilities, uniform [N] in [0, 1) -> [N]."""
-    cdf = logp.exp().cumsum(-1)  # [N, V]
+    """One token a row by inverse CDF: logp [N, V] log-probabilities, uniform [N] in [0, 1) -> [N].
+
+    Not torch.multinomial: one number a token, drawn beforehand, makes a row independent of the others.
+    """
+    cdf = logp.exp().cumsum(-1)  # [N, V], up to 1 or, by rounding, nearly so
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
     return token.squeeze(1).clamp(max=logp.shape[-1] - 1)
 
@@ -565,10 +583,14 @@ def token_spans(tokenizer, responses):
 def evidence_to_tokens(evidence, tokens):
     """Spans of characters, spans of tokens -> 0.0/1.0 a token: does it write one of these characters?
 
-    An empty span counts as one character long: (len, len) then meets the end token, (len, len + 1).
+    An empty span counts as one character long: (len, len) then meets the end token, (len, len + 1). A
+    token that writes nothing (a special token in the middle) is responsible for nothing.
     [(4, 7), (12, 12)] on tokens [(0, 3), (3, 7), (7, 12), (12, 13)] -> [0.0, 1.0, 0.0, 1.0].
     """
-    return [float(any(a < end and start < max(b, a + 1) for a, b in evidence)) for start, end in tokens]
+    return [
+        float(start < end and any(a < end and start < max(b, a + 1) for a, b in evidence))
+        for start, end in tokens
+    ]
 
 
 def grade(tokenizer, rollout, tasks):
@@ -596,10 +618,10 @@ def grade(tokenizer, rollout, tasks):
 #
 # In: a criterion with its verdict, and a response.  Out: a relevance in [0, 1] for each response token.  The
 # discriminator is a small language model with a one-label token-classification head.  It reads criterion
-# and verdict, then the response: from left to right nobody could know that a keyword will come too few
-# times, and the same tokens are responsible for one verdict and not for the other.  It learns from the
-# verifiers' evidence on the policy's own rollouts, a little before RL and one step alongside each RL step.
-# Criterion and response are joined as token ids, so the response's tokens are the policy's own.
+# and verdict, then the response, from left to right: without the verdict it could not know, at the first
+# "lamp", whether there will be too few of them.  It learns from the verifiers' evidence on the policy's own
+# rollouts, a little before RL and one step alongside each RL step.  Criterion and response are joined as
+# token ids, so the response's tokens are the policy's own.
 # ==================================================================================================
 
 
@@ -613,7 +635,8 @@ class RelevanceDiscriminator:
 
     def __init__(self, folder, tokenizer, learning_rate, device):
         """`folder`: a language model with the policy's tokenizer; by default the policy's own folder."""
-        config = without_dropout(AutoConfig.from_pretrained(folder, num_labels=1, classifier_dropout=0.0))
+        config = without_dropout(AutoConfig.from_pretrained(folder, num_labels=1))
+        config.classifier_dropout = 0.0  # the head's; few configs name it, and 0.1 is what they then get
         transformers.logging.set_verbosity_error()  # the head is new, which it would report at length
         model = AutoModelForTokenClassification.from_pretrained(folder, config=config, **SAFE)
         transformers.logging.set_verbosity_warning()
@@ -661,8 +684,10 @@ class RelevanceDiscriminator:
             logits, evidence[i, k, :T], weight=mask.float(), reduction="sum"
         )
         (loss / mask.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        if math.isfinite(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)):
+            self.optimizer.step()
+        else:
+            tqdm.write("step of the discriminator skipped: its gradient is not finite")
         self.optimizer.zero_grad()
 
 
@@ -676,7 +701,7 @@ def f1_and_auroc(relevance, evidence):
     positive, predicted = evidence > 0.5, relevance > 0.5
     f1 = 2 * (positive & predicted).sum() / (positive.sum() + predicted.sum()).clamp(min=1)
     _, inverse, counts = relevance.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()  # [M] from 1; ties share their mean rank
+    ranks = (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]  # [M] from 1; ties share their mean rank
     p, n = int(positive.sum()), int((~positive).sum())
     auroc = (float(ranks[positive].sum()) - p * (p + 1) / 2) / (p * n) if p and n else 0.5
     return float(f1), auroc
@@ -728,9 +753,9 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
 
     One rubric, satisfied by the first response for its third token, violated by the second for its second
     (verdicts [[1], [-1]], relevance [[[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps=0):
-      "intra"            [[-.58, -.58, 1.73, -.58], [.58, -1.73, .58, .58]]  irrelevant tokens move, too
-      "inter", "rubric"  [[0, 0, 2, 0], [0, -2, 0, 0]]                       unless the verdicts are balanced
-      "verdict"          [[0, 0, 1, 0], [0, -1, 0, 0]]                       never
+      "intra"            [[-.58, -.58, 1.73, -.58], [.58, -1.73, .58, .58]]: irrelevant tokens move, too
+      "inter", "rubric"  [[0, 0, 2, 0], [0, -2, 0, 0]]: they would, were the verdicts not balanced
+      "verdict"          [[0, 0, 1, 0], [0, -1, 0, 0]]: they never do
 
     eps is large on purpose. r lies in [-1, 1]. One relevant token of 40 makes a std of 0.16, while a
     discriminator that sees nothing anywhere still makes one of 0.01 from noise: with eps = 0.1 the first
@@ -739,7 +764,7 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     signs = verdicts.float()  # [G, K]; float first: relevance must not be cut to whole numbers
     rubrics = (verdicts != 0).sum(1).clamp(min=1)[:, None]  # [G, 1]
     valid = mask[:, None].float()  # [G, 1, T]
-    relevance = relevance * valid  # [G, K, T]
+    relevance = relevance.masked_fill(valid == 0, 0.0)  # [G, K, T]
     reward = signs[..., None] * relevance  # [G, K, T]
     if partition == "intra":
         advantage = masked_normalize(reward, valid, 2, eps)
@@ -765,7 +790,7 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
         advantage = (1 - alpha) * response_adv[:, None] + alpha * token_adv
     else:
         raise ValueError(f"how must be 'add' or 'mix', not {how!r}")
-    return advantage * mask
+    return advantage.masked_fill(mask == 0, 0.0)
 
 
 # ==================================================================================================
@@ -777,7 +802,8 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 # gradient in all of them: it moves by sum_i c[i, t].  Sharing it made no response better than another, so
 # the sum should be 0.  A group's response-level advantages sum to 0; times weights that differ between the
 # responses they do not, unless the weights are first made constant or orthogonal to the advantages.
-# (A token channel must sum to 0 by itself: of the partitions of section 5, only "verdict" does.)
+# (A token channel must sum to 0 by itself. Of the partitions of section 5 only "verdict" does, and only
+# where a shared token has the same relevance in all responses; a learned relevance comes near to that.)
 # ==================================================================================================
 
 
@@ -809,10 +835,10 @@ def cancellation_residual(coef, ids, mask):
     vocabulary, index = ids.unique(return_inverse=True)  # index [G, T] into U different tokens
     zeros = torch.zeros(len(ids), len(vocabulary), device=ids.device)  # [G, U]
     count = zeros.scatter_add(1, index, mask.float())
-    mean = zeros.scatter_add(1, index, coef.float() * mask) / count.clamp(min=1)  # [G, U]
+    mean = zeros.scatter_add(1, index, (coef * mask).float()) / count.clamp(min=1)  # [G, U]
     mean = mean[:, (count > 0).all(0)]  # [G, shared tokens]
     push = mean.abs().sum()
-    return float(mean.sum(0).abs().sum() / push) if push > 0 else 0.0
+    return float(mean.sum(0).abs().sum() / push) if push != 0 else 0.0
 
 
 # ==================================================================================================
@@ -823,8 +849,9 @@ def cancellation_residual(coef, ids, mask):
 # advantage: which ratio, per token or per response, clipped how, transformed how.
 # ==================================================================================================
 
-CLIP = {"gspo": (3e-4, 4e-4)}  # GSPO clips a mean over tokens, which moves far less than one token's ratio
-LOSSES = ("grpo", "grpo-fix", "gspo", "dfpo-min", "dfpo-orth")
+# Clip ranges below and above 1. GSPO clips a mean over tokens, which moves far less than one token's ratio.
+CLIP = {"grpo": (0.2, 0.2), "grpo-fix": (0.2, 0.2), "gspo": (3e-4, 4e-4), "dfpo-min": None, "dfpo-orth": None}
+LOSSES = tuple(CLIP)
 
 
 def clipped_objective(ratio, advantages, low, high):
@@ -845,7 +872,7 @@ def loss_denominator(mask, loss):
 
 
 def policy_loss(
-    logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=(0.2, 0.2), denominator=None
+    logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=None, denominator=None
 ):
     """The loss to minimise (a scalar), and its statistics (a dict).
 
@@ -859,14 +886,17 @@ def policy_loss(
                     cancels where that is all there is (--alpha 0), or where the token channel averages
                     to 0 over each response ("intra").
     For every one, d loss / d logprobs = -coef / denominator: coef is the whole difference between them.
-    clip: (low, high). denominator: that of the whole update, if this is a micro-batch of it.
+    clip: (low, high), by default CLIP's. denominator: that of the whole update, of which this may be a part.
     Statistics: clip_fraction, approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T].
     Raises ValueError for an unknown loss.
     """
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
+    clip = clip or CLIP[loss]
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
     logprobs, old_logprobs, advantages = (
         x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs, advantages)
-    )  # whatever stands at padding, even -inf or NaN, is out
+    )  # whatever stands at padding, even -inf or NaN, is ignored
     log_ratio = logprobs - old_logprobs  # [N, T]
     ratio, scale = log_ratio.exp(), 1.0
     if loss not in ("grpo", "grpo-fix"):
@@ -896,10 +926,8 @@ def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
     mean_advantage = ((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).view(-1, group_size)  # [P, G]
     if loss == "dfpo-min":
         weight = min_replace(sequence_ratio)
-    elif loss == "dfpo-orth":
-        weight = adv_orthogonal(sequence_ratio, mean_advantage)
     else:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
+        weight = adv_orthogonal(sequence_ratio, mean_advantage)
     return weight.reshape(-1, 1).expand_as(ratio)
 
 
@@ -938,11 +966,10 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
 
     The denominator is that of the whole update, so the micro-batch size changes no gradient. The old
     log-probabilities are the sampler's: no pass is spent on them. A step whose loss or gradient is not
-    finite is skipped and said; the statistics are means over the others. reference: for --kl.
+    finite is skipped and reported; the statistics are means over the others. reference: for --kl.
     """
     model.train()
     G, steps, skipped = args.group_size, [], 0
-    clip = args.clip or CLIP.get(args.loss, (0.2, 0.2))
     denominator, tokens = loss_denominator(rollout.mask, args.loss), rollout.mask.sum()
     for _ in range(args.updates):
         stats, coef = defaultdict(float), torch.zeros_like(advantages)
@@ -950,7 +977,7 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
             ids, attention, T = trim(rollout, rows, G)
             logprobs = token_logprobs(model, ids, attention, T, args.temperature, G)  # [n, T]
             old, adv, mask = rollout.logprobs[rows, :T], advantages[rows, :T], rollout.mask[rows, :T]
-            loss, part = policy_loss(logprobs, old, adv, mask, G, args.loss, clip, denominator)
+            loss, part = policy_loss(logprobs, old, adv, mask, G, args.loss, args.clip, denominator)
             if reference is not None:
                 with torch.no_grad():
                     anchor = token_logprobs(reference, ids, attention, T, args.temperature, G)
@@ -1034,6 +1061,18 @@ def load_discriminator(name, policy, args):
         return RelevanceDiscriminator(name, policy.tokenizer, args.discriminator_lr, args.device)
 
 
+def check_lengths(policy, tasks, args):
+    """Raises BadInput for a prompt that, with its response, may not fit into the model's context."""
+    context = getattr(policy.model.config, "max_position_embeddings", math.inf)
+    for task in tasks:
+        length = len(encode_prompt(policy.tokenizer, task.prompt))
+        if length + args.max_new_tokens > context:
+            raise BadInput(
+                f"{args.data}: a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed "
+                f"the model's context of {context} tokens: {task.prompt[:40]!r}"
+            )
+
+
 def encode_prompt(tokenizer, prompt):
     """A prompt as token ids: through the chat template where there is one, as plain text where not."""
     if not tokenizer.chat_template:
@@ -1051,14 +1090,17 @@ def roll_out(policy, tasks, group_size, seeds, args):
 
 
 def criteria_of(tasks, verdicts):
-    """What the discriminator reads of each rubric: "yes: use the word lamp", or "no: ..." where it is violated.
+    """What the discriminator reads of each rubric: "yes: use the word lamp", or "no: ..." if violated.
 
     verdicts [N, K] -> for each of the N responses a list of texts.
     """
-    group_size = len(verdicts) // len(tasks)
+    repeated = [task for task in tasks for _ in range(len(verdicts) // len(tasks))]  # P -> N
     return [
-        [f"{'yes' if verdict > 0 else 'no'}: {rubric.criterion}" for rubric, verdict in zip(task.rubrics, row)]
-        for task, row in zip([task for task in tasks for _ in range(group_size)], verdicts.tolist())
+        [
+            f"{'yes' if verdict > 0 else 'no'}: {rubric.criterion}"
+            for rubric, verdict in zip(task.rubrics, row)
+        ]
+        for task, row in zip(repeated, verdicts.tolist())
     ]
 
 
@@ -1101,7 +1143,7 @@ def evaluate(policy, tasks, args, discriminator=None):
     """
     kinds, hits, truncated, scored = defaultdict(lambda: [0, 0]), 0, 0, []
     size = args.prompts * args.group_size  # as many responses at a time as in training
-    for start in range(0, len(tasks), size):
+    for start in tqdm(range(0, len(tasks), size), "evaluate", leave=False, disable=None):
         chunk = tasks[start : start + size]
         rollout = roll_out(policy, chunk, 1, range(start, start + len(chunk)), args)
         _, verdicts, evidence = grade(policy.tokenizer, rollout, chunk)  # [N, K], [N, K, T]
@@ -1138,20 +1180,22 @@ def table(before, after):
 
 
 def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
-    """One response, its tokens coloured by advantage: green is pushed up, red down; plain in a file."""
-    strength = (advantages / advantages.abs().max().clamp(min=1e-6)).tolist()  # [T] in [-1, 1]
-    (text,), (tokens,) = token_spans(tokenizer, [ids[mask > 0].tolist()])  # the end token writes nothing
+    """One response with its mean advantage; in a terminal, tokens above it are green and those below red."""
+    (text,), (tokens,) = token_spans(tokenizer, [ids[mask > 0].tolist()])
+    mean = advantages[mask > 0].mean()
+    strength = ((advantages - mean) / (advantages - mean)[mask > 0].abs().max().clamp(min=1e-6)).tolist()
     pieces, shown = [], 0
     for (start, end), value in zip(tokens, strength):
         fade = 255 - int(155 * abs(value))
         red, green = (fade, 255) if value > 0 else (255, fade)
         colour = f"\033[30;48;2;{red};{green};{fade}m{{}}\033[0m" if sys.stdout.isatty() else "{}"
-        pieces.append(colour.format(text[max(start, shown) : end] or "⏎" * (start == len(text))))
+        piece = text[max(start, shown) : end] or "⏎" * (start == len(text))  # ⏎: the end token
+        pieces.append(colour.format(piece.rstrip("\n")) + "\n" * piece.count("\n"))
         shown = max(shown, end)
     marks = ", ".join(
         f"[{'x' if s > 0 else ' '}] {r.criterion}" for s, r in zip(verdicts.tolist(), task.rubrics)
     )
-    return f"\n{task.prompt}\n{marks}\n{''.join(pieces)}\n"
+    return f"\n{task.prompt}\n{marks}; advantage {mean:+.2f}\n{''.join(pieces)}\n"
 
 
 PHASES = ("rollout", "verify", "relevance", "update")
@@ -1232,7 +1276,12 @@ def train(policy, discriminator, train_tasks, eval_tasks, out, args):
     reference = copy.deepcopy(policy.model).eval() if args.kl else None
     if discriminator:
         warm_up(policy, discriminator, stream, args)
-    bar = tqdm(range(1, args.steps + 1), desc="train", disable=None)
+    bar = tqdm(
+        range(1, args.steps + 1),
+        "train",
+        bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        disable=None,
+    )
     for step in bar:
         row, example = train_step(policy, optimizer, discriminator, reference, stream, args)
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
@@ -1240,15 +1289,18 @@ def train(policy, discriminator, train_tasks, eval_tasks, out, args):
             row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
             tqdm.write(
                 f"step {step:>4}: reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, residual "
-                f"{row['residual']:.2f}; held-out {result['instruction']:.1%} / {result['rubric']:.1%}"
+                f"{row['residual']:.2f}; {result['prompts']} held-out prompts: "
+                f"{result['instruction']:.1%} / {result['rubric']:.1%}"
             )
         if args.show_every and step % args.show_every == 0:
             tqdm.write(show_credit(policy.tokenizer, *example))
         rows.append(dict(step=step, **row))
         with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-        shown = ("reward", "instruction", "rubric", "entropy", "residual")
-        bar.set_postfix({name: f"{row[name]:.2f}" for name in shown})
+        bar.set_postfix_str(
+            f"reward {row['reward']:.2f}, acc {row['instruction']:.2f}/{row['rubric']:.2f}, "
+            f"H {row['entropy']:.2f}, tax {row['residual']:.2f}"
+        )
     return rows
 
 
@@ -1281,9 +1333,14 @@ def run(args):
     out = Path(args.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     open_run(out)
     torch.manual_seed(args.seed)
-    policy, discriminator = load_policy(args.model, args.device), None
-    if args.relevance == "discriminator" and args.alpha:
-        discriminator = load_discriminator(args.discriminator or args.model, policy, args)
+    try:
+        policy, discriminator = load_policy(args.model, args.device), None
+        check_lengths(policy, train_tasks + eval_tasks, args)
+        if args.relevance == "discriminator" and args.alpha:
+            discriminator = load_discriminator(args.discriminator or args.model, policy, args)
+    except BadInput:
+        out.rmdir()  # still empty
+        raise
     (out / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
     start = time.perf_counter()
     before = evaluate(policy, eval_tasks, args)
@@ -1328,7 +1385,7 @@ def number(kind, least, what):
     def parse(text):
         try:
             value = kind(text)
-            good = math.isfinite(value) and least <= value < 2**62
+            good = math.isfinite(value) and least <= value and (kind is float or value < 2**62)
         except (ValueError, OverflowError):
             good = False
         if not good:
@@ -1339,14 +1396,15 @@ def number(kind, least, what):
 
 
 def parse_args(argv=None):
-    """The command line. Raises BadInput for what cannot be."""
+    """The command line. Raises BadInput for what is not possible."""
     parser = argparse.ArgumentParser(
         usage="python rtt.py [options]",
+        allow_abbrev=False,
         description="Train a language model on rubrics with token-level credit: RTT-GRPO and TGC's losses.",
         epilog="examples:\n"
         "  python rtt.py                                        the embedded model and stories\n"
         "  python rtt.py --alpha 0 --reward csr                 plain GRPO, on the share of rubrics met\n"
-        "  python rtt.py --loss dfpo-min --updates 4            off policy, with weights that cancel\n"
+        "  python rtt.py --alpha 0 --loss dfpo-min --updates 4  off policy, with weights that cancel\n"
         "  python rtt.py --model runs/NAME/policy --seed 1      go on from a trained policy",
         formatter_class=Help,
     )
@@ -1380,7 +1438,8 @@ def parse_args(argv=None):
     add("--prompts", metavar="N", type=some, default=8, help="prompts a step")
     add("--group-size", metavar="G", type=some, default=8, help="responses a prompt, at least 2")
     add("--max-new-tokens", metavar="N", type=some, default=64, help="length limit of a response, in tokens")
-    add("--temperature", metavar="X", type=positive, default=1.0, help="of sampling")
+    add("--temperature", metavar="X", type=number(float, 0.01, "a number of at least 0.01"), default=1.0,
+        help="of sampling")
     add = parser.add_argument_group("rewards and advantages (RTT)").add_argument
     add("--reward", choices=("aon", "csr"), default="aon",
         help="all rubrics or nothing; or the share of them satisfied")
@@ -1399,7 +1458,8 @@ def parse_args(argv=None):
         help="range around 1 (default: 0.2 0.2; gspo 3e-4 4e-4)")
     add("--updates", metavar="N", type=some, default=1, help="optimiser steps a rollout")
     add("--lr", metavar="X", type=positive, default=3e-4, help="learning rate of the policy (Adam, constant)")
-    add("--max-grad-norm", metavar="X", type=positive, default=1.0, help="gradients are clipped to this norm")
+    add("--max-grad-norm", metavar="X", type=positive, default=1.0,
+        help="norm to which the gradient is limited")
     add("--kl", metavar="X", type=weight, default=0.0,
         help="weight of the KL to the starting policy; 0 costs nothing")
     add("--micro-batch", metavar="N", type=some, default=4, help="groups (prompts) a pass of the update")
@@ -1412,6 +1472,8 @@ def parse_args(argv=None):
         help="steps between responses shown with their credit (0: never)")
     # fmt: on
     args = parser.parse_args(argv)
+    if not (args.model and args.data):
+        raise BadInput("--model and --data: must not be empty")
     if args.group_size < 2:
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
     best = torch.accelerator.current_accelerator(check_available=True)

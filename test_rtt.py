@@ -587,6 +587,41 @@ def score(discriminator, criteria, ids, mask, evidence):
     return rtt.scored_tokens(relevance, evidence, torch.ones(evidence.shape[:2]), mask)
 
 
+def test_fit_is_one_step_on_the_mean_cross_entropy_of_response_tokens(discriminator, monkeypatch):
+    """Every parameter moves by lr * gradient of a slow, unpadded mean; no gradient is left behind."""
+    (ids, mask), criteria = responses(), [["use the word lamp"], ["do not use commas"]] * 3
+    evidence = (torch.rand(6, 1, 9, generator=torch.Generator().manual_seed(1)) < 0.3).float()
+    slow, tokens = 0.0, 0
+    for i in range(6):
+        n = int(mask[i].sum())
+        p = discriminator.logits(criteria[i], ids[i : i + 1, :n], mask[i : i + 1, :n])[0].sigmoid()
+        y = evidence[i, 0, :n]
+        slow, tokens = slow - (y * p.log() + (1 - y) * (1 - p).log()).sum(), tokens + n
+    weights = list(discriminator.model.parameters())
+    wanted = torch.autograd.grad(slow / tokens, weights)
+    size = sum(g.square().sum() for g in wanted).sqrt().clamp(min=1.0)  # clipped to norm 1
+    before = [w.detach().clone() for w in weights]
+    monkeypatch.setattr(discriminator, "optimizer", torch.optim.SGD(weights, lr=0.5))
+    discriminator.fit(criteria, ids, mask, evidence, pairs=6)
+    for old, new, gradient in zip(before, weights, wanted):
+        assert close(new, old - 0.5 * gradient / size, 1e-4)
+    assert all(w.grad is None for w in weights)
+
+
+def test_fit_sees_other_pairs_each_time_and_skips_a_gradient_that_is_not_finite(discriminator, monkeypatch):
+    (ids, mask), seen = responses(), []
+    criteria, evidence = [[f"criterion {i}"] for i in range(6)], torch.zeros(6, 1, 9)
+    real = discriminator.logits
+    monkeypatch.setattr(discriminator, "logits", lambda texts, *a: seen.extend(texts) or real(texts, *a))
+    for _ in range(12):
+        discriminator.fit(criteria, ids, mask, evidence, pairs=2)
+    assert len(seen) == 24 and len(set(seen)) == 6
+    before = [w.detach().clone() for w in discriminator.model.parameters()]
+    monkeypatch.setattr(discriminator, "logits", lambda *a: real(*a) * math.inf)
+    discriminator.fit(criteria, ids, mask, evidence, pairs=2)
+    assert all(map(torch.equal, before, discriminator.model.parameters()))
+
+
 def test_f1_and_auroc_against_a_loop_over_pairs_with_ties():
     scores = torch.tensor([0.9, 0.7, 0.7, 0.7, 0.5, 0.2, 0.2, 0.6])
     labels = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0])
@@ -669,7 +704,7 @@ def test_partitions_against_loops_with_1_2_and_7_rubrics_in_one_ragged_batch(par
         verdicts[rows, : sizes[p]], relevance[rows, : sizes[p]] = v, w
     mask = torch.cat([m for _, _, m, _ in groups])
     relevance += 100.0 * (1 - mask[:, None])  # garbage at padding
-    args = SimpleNamespace(group_size=G, partition=partition, alpha=0.25, combine="add")
+    args = SimpleNamespace(group_size=G, partition=partition, alpha=0.25, combine="mix")
     rewards = rtt.response_reward(verdicts, "csr")
     combined = rtt.group_advantages(rewards, verdicts, relevance, mask, args)  # [N, T]
     for p, (v, w, _, lengths) in enumerate(groups):
@@ -680,7 +715,7 @@ def test_partitions_against_loops_with_1_2_and_7_rubrics_in_one_ragged_batch(par
         response = normalize([((row > 0).sum() / len(row)).item() for row in v], 1e-6)
         for i in range(G):
             for t in range(T):
-                value = response[i] + 0.25 * expected[i, t] if t < lengths[i] else 0.0
+                value = 0.75 * response[i] + 0.25 * expected[i, t] if t < lengths[i] else 0.0
                 assert close(combined[p * G + i, t], value), (p, i, t)
 
 
@@ -1046,6 +1081,34 @@ def test_micro_batches_hold_whole_groups_of_like_length_each_once():
     assert batches == [[6, 7, 2, 3], [8, 9, 4, 5], [0, 1]]
 
 
+def test_gspo_clips_far_closer_by_default():
+    logprobs, mask = torch.tensor([[0.01, 0.01], [-0.01, -0.01]]), torch.ones(2, 2)
+    advantages = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    fractions = [
+        rtt.policy_loss(logprobs, torch.zeros(2, 2), advantages, mask, 2, loss)[1]["clip_fraction"]
+        for loss in ("grpo", "gspo")
+    ]
+    assert fractions == [0.0, 1.0]
+
+
+def test_approx_kl_estimates_the_divergence_of_the_new_policy_from_the_sampler():
+    """Every token of a small vocabulary, weighted as the sampler (old) draws them."""
+    old, new = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.7, 0.2, 0.1])
+    ids = torch.tensor([[0, 0, 1, 2]])  # as often as old draws them
+    stats = rtt.policy_loss(new[ids].log(), old[ids].log(), torch.zeros(1, 4), torch.ones(1, 4), 1)[1]
+    assert stats["approx_kl"] == pytest.approx(float((old * (old / new).log()).sum()), abs=1e-6)
+
+
+def test_nothing_at_padding_reaches_a_token():
+    relevance = torch.tensor([[[0.5, math.nan]], [[0.5, 0.2]]])
+    verdicts, mask = torch.tensor([[1], [-1]]), torch.tensor([[1, 0], [1, 1]])
+    for partition in rtt.PARTITIONS:
+        token_adv = rtt.token_advantage(verdicts, relevance, mask, partition)
+        assert token_adv.isfinite().all() and token_adv[0, 1] == 0
+    token_adv[0, 1] = math.nan
+    assert rtt.combine_advantages(torch.ones(2), token_adv, mask)[0, 1] == 0
+
+
 # --------------------------------------------------------------------------------------------------
 # The cancellation condition (TGC), by autograd: a group shares four tokens after the prompt, then diverges
 
@@ -1238,6 +1301,42 @@ def test_the_relevance_flag_chooses_where_relevance_comes_from(folder, data, tmp
     uniform, evidence, learned = seen
     assert (uniform == 1).all() and set(evidence.unique().tolist()) == {0.0, 1.0}
     assert ((learned > 0) & (learned < 1)).any()
+
+
+def test_flags_reach_what_they_set(folder, data, tmp_path, monkeypatch):
+    """Each flag is turned away from its default and looked for where it must arrive."""
+    rates, evaluated, streams, clips = [], [], [], []
+    adam, evaluate, stream, loss = torch.optim.Adam, rtt.evaluate, rtt.task_stream, rtt.policy_loss
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr: rates.append(lr) or adam(p, lr=lr))
+    monkeypatch.setattr(rtt, "evaluate", lambda p, tasks, *a: evaluated.append(len(tasks)) or evaluate(p, tasks, *a))
+    monkeypatch.setattr(rtt, "task_stream", lambda tasks, seed: streams.append(seed) or stream(tasks, seed))
+    monkeypatch.setattr(rtt, "policy_loss", lambda *a: clips.append(a[6]) or loss(*a))
+    flags = "--lr 0.02 --discriminator-lr 0.03 --eval-every 1 --eval-prompts 3 --seed 5 --clip 0.1 0.3"
+    train(folder, data, tmp_path / "run", *flags.split(), "--micro-batch", "1")
+    assert sorted(rates) == [0.02, 0.03] and evaluated == [5, 3, 5] and streams == [5]
+    assert clips == [[0.1, 0.3]] * 4  # 2 steps of 2 groups, one group a pass
+
+
+def test_the_first_update_is_on_policy_at_any_temperature(folder, data, tmp_path):
+    for row in train(folder, data, tmp_path / "run", "--temperature", "0.7", "--lr", "0.01"):
+        assert row["approx_kl"] < 1e-6 and row["clip_fraction"] == 0  # sampled and scored at the same one
+
+
+def test_held_out_prompts_have_random_numbers_of_their_own(folder, data, monkeypatch):
+    seeds, real = [], rtt.sample
+    monkeypatch.setattr(rtt, "sample", lambda *args: seeds.extend(args[-1]) or real(*args))
+    args = rtt.parse_args(["--prompts", "1", "--group-size", "2", "--max-new-tokens", "4"])
+    rtt.evaluate(rtt.load_policy(str(folder), "cpu"), rtt.load_tasks(data, "eval"), args)
+    assert len(set(seeds)) == 5
+
+
+def test_a_prompt_that_does_not_fit_the_context_is_refused(tokenizer, data, tmp_path, capsys):
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=80).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--data", str(data), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as left:
+        rtt.main(flags + ["--max-new-tokens", "64"])
+    assert left.value.code == 2 and "context of 80 tokens" in capsys.readouterr().err
 
 
 def test_rollout_metrics_by_hand():

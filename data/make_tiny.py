@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Make the tiny policy and its stories: data/tiny/ and data/stories/{train,eval}.jsonl.
 
 Why: reinforcement learning from rubrics needs a policy that is already *sometimes* right. A download would do, but a
@@ -20,7 +21,7 @@ rubric while it trains, and at the end how good the start is, this table and a f
 sample each at temperature 1; "not asked": the same prompt without the sentence that asks for this rubric.
 
     rubrics satisfied 55.7 %; all rubrics of the prompt 12.1 % (with 3 rubrics 20.4 %, with 4 10.2 %, with 5 4.9 %)
-    (three more samples of each prompt: 53.2, 53.5, 54.9 % and 10.4, 9.6, 10.4 %)
+    (with other random numbers: 53.2, 53.5, 54.9 % and 10.4, 9.6, 10.4 %; with those of rtt.py 54.9 % and 10.7 %)
     response tokens: mean 39.1; ended within 64: 98.6 %
 
     satisfied, %                               asked  not asked
