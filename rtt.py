@@ -883,8 +883,7 @@ def policy_loss(
                     token (GSPO-token), which is the same where the advantage is constant in a response.
       "dfpo-min", "dfpo-orth":  stop-gradient of the responses' ratios after min_replace or
                     adv_orthogonal (TGC's DFPO). dfpo-orth goes by each response's mean advantage, so it
-                    cancels where that is all there is (--alpha 0), or where the token channel averages
-                    to 0 over each response ("intra").
+                    cancels where the advantage is the same for all tokens of a response (--alpha 0).
     For every one, d loss / d logprobs = -coef / denominator: coef is the whole difference between them.
     clip: (low, high), by default CLIP's. denominator: that of the whole update, of which this may be a part.
     Statistics: clip_fraction, approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T].
