@@ -58,26 +58,32 @@ What is simplified, and where this differs from the papers:
 
 import argparse
 import copy
+import errno
 import inspect
 import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
+import signal
 import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -86,9 +92,11 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
 )
+from transformers.cache_utils import Cache, StaticLayer
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
-SAFE = dict(dtype=torch.float32, use_safetensors=True)  # how weights are loaded: no pickles, no remote code
+SAFE = dict(use_safetensors=True)  # how weights are loaded: no pickles, no remote code
 
 
 class BadInput(ValueError):
@@ -137,6 +145,11 @@ class Verifier(NamedTuple):
 
 
 VERIFIERS: dict[str, Verifier] = {}
+JUDGED = "judge"
+
+
+def needs_judge(rubric):
+    return rubric.id == JUDGED
 
 
 def verifier(rubric_id, criterion):
@@ -419,6 +432,15 @@ class Rollout:
     truncated: torch.Tensor  # [N] True where the response hit the length limit before its end token
 
 
+def encode_prompt(tokenizer, prompt):
+    """A prompt as token ids: through the chat template where there is one, as plain text where not."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt).input_ids
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
 def positions(attention_mask):
     """[N, L] position ids that count the real tokens, so that left padding moves nothing."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -443,54 +465,109 @@ def draw(logp, uniform):
 
 
 @torch.no_grad()
-def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None):
+def sample(
+    model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None, static=None
+):
     """Sample `group_size` responses to each prompt: a Rollout with T = length of the longest.
 
     prompts: P lists of token ids. end_ids: tokens that end a response (several are fine).
     seeds: one integer a prompt; a prompt's samples depend on its seed and on nothing else in the batch.
     Each prompt is prefilled once and its cache copied to its group. Responses that have ended leave
-    the batch.
+    the batch; where static, they stay, and every step has the same shapes: on CUDA, where that is the
+    default, it is recorded once as a graph, since launching its kernels one by one takes longer than they do.
     """
     model.eval()  # no dropout; section 7 turns training mode on again
+    device, L, N = model.device, max(map(len, prompts)), len(prompts) * group_size
+    static = device.type == "cuda" and model._can_compile_fullgraph if static is None else static
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
     shape, generators = (group_size, max_new_tokens), [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniform = torch.cat([torch.rand(shape, generator=g) for g in generators]).to(model.device)  # [N, T]
-    ends = torch.tensor(list(end_ids), dtype=torch.long, device=model.device)
+    uniform = torch.cat([torch.rand(shape, generator=g) for g in generators]).to(device)  # [N, T]
+    ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
 
-    prompt_ids, prompt_mask = left_pad(prompts, pad_id, model.device)  # [P, L]
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # [P, L]
     cache = DynamicCache()
     inputs = dict(attention_mask=prompt_mask, position_ids=positions(prompt_mask), past_key_values=cache)
     logits = model(prompt_ids, logits_to_keep=1, **inputs).logits[:, -1]  # [P, V]
-    cache.batch_repeat_interleave(group_size)  # P -> N rows
     logits = logits.repeat_interleave(group_size, 0)  # [N, V]
-    attention = prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
+    cache.batch_repeat_interleave(group_size)  # P -> N rows
+    cache = fixed_size(cache, L + max_new_tokens) if static else cache
+    lengths = prompt_mask.sum(1, keepdim=True).repeat_interleave(group_size, 0)  # [N, 1]
+    attention = F.pad(
+        prompt_mask.repeat_interleave(group_size, 0), (0, max_new_tokens), value=1
+    )  # [N, L + T]
 
+    def step(token, place):
+        """token, place (its position in its row): [alive, 1] -> logits [alive, V] of the next."""
+        seen = attention if static else attention[:, : L + t + 1]  # static: causality hides the empty slots
+        return model(token, attention_mask=seen, position_ids=place, past_key_values=cache).logits[:, -1]
+
+    ids = torch.full((N, max_new_tokens), pad_id, device=device)
     logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
-    mask = torch.zeros_like(uniform, dtype=torch.long)
-    ids = torch.full_like(mask, pad_id)
-    alive = torch.arange(len(ids), device=ids.device)  # rows whose response has not ended
+    alive = torch.arange(N, device=device)  # rows that are in the batch
     for t in range(max_new_tokens):
         logp = (logits.float() / temperature).log_softmax(-1)  # [alive, V]
-        token = draw(logp, uniform[alive, t])  # [alive]
-        ids[alive, t], mask[alive, t] = token, 1
-        logprobs[alive, t] = logp.gather(1, token[:, None]).squeeze(1)
+        token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
+        ids[alive, t], logprobs[alive, t] = token[:, 0], logp.gather(1, token)[:, 0]
         entropy[alive, t] = -(logp.exp() * logp).sum(-1)
-        going = (~torch.isin(token, ends)).nonzero().squeeze(1)
-        if len(going) < len(alive):
-            alive, token, attention = alive[going], token[going], attention[going]
-            cache.batch_select_indices(going)
-        if not len(alive) or t == max_new_tokens - 1:
+        if t + 1 == max_new_tokens:
             break
-        attention = F.pad(attention, (0, 1), value=1)  # [alive, L + t + 1]
-        inputs = dict(
-            attention_mask=attention, position_ids=positions(attention)[:, -1:], past_key_values=cache
-        )
-        logits = model(token[:, None], **inputs).logits[:, -1]  # [alive, V]
-    truncated = torch.zeros(len(ids), dtype=torch.bool, device=ids.device).index_fill(0, alive, True)
-    used = slice(0, int(mask.sum(1).max()))
-    return Rollout(
-        prompt_ids, prompt_mask, ids[:, used], mask[:, used], logprobs[:, used], entropy[:, used], truncated
-    )
+        if not static or t % 16 == 0:  # to look who has ended, the host must wait for the device
+            going = (~torch.isin(ids[alive, : t + 1], ends).any(1)).nonzero()[:, 0]
+            if not len(going):
+                break
+            if not static and len(going) < len(alive):
+                alive, token, lengths, attention = (x[going] for x in (alive, token, lengths, attention))
+                cache.batch_select_indices(going)
+        if static and device.type == "cuda" and t == 1:  # the step before has warmed everything up
+            step = recorded(step, token, lengths + t)
+        logits = step(token, lengths + t)  # [alive, V]
+    ended = torch.isin(ids, ends).cumsum(1)  # [N, T] 1 from the end token on
+    mask = F.pad(ended[:, :-1], (1, 0)) == 0  # [N, T] the end token included
+    mask, used = mask.long(), slice(0, int(mask.sum(1).max()))
+    ids, logprobs, entropy = ids.masked_fill(mask == 0, pad_id), logprobs * mask, entropy * mask
+    rows = (x[:, used] for x in (ids, mask, logprobs, entropy))
+    return Rollout(prompt_ids, prompt_mask, *rows, truncated=ended[:, -1] == 0)
+
+
+class FixedLayer(StaticLayer):
+    """A layer of a cache that is allocated once, in one type: autocast computes keys and values in two."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(self.dtype), values.to(self.dtype))
+
+
+def fixed_size(cache, length):
+    """The cache with room for `length` tokens from the start, so that it fills up where others grow."""
+    kind = cache.layers[0].keys.device.type
+    in_half = torch.is_autocast_enabled(kind)  # attention would round to this type anyway
+    fixed = Cache(layers=[FixedLayer(length) for _ in cache.layers])
+    for layer, grown in zip(fixed.layers, cache.layers):
+        layer.dtype = torch.get_autocast_dtype(kind) if in_half else grown.dtype
+        layer.update(grown.keys, grown.values)
+    return fixed
+
+
+def recorded(step, *tensors):
+    """step(*tensors) as a CUDA graph: one launch instead of thousands, on the same memory every time."""
+    inputs, graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step(*inputs)
+
+    def replay(*tensors):
+        for x, new in zip(inputs, tensors):
+            x.copy_(new)
+        graph.replay()
+        return output
+
+    return replay
+
+
+def precision(device, dtype):
+    """The context of one forward pass: autocast to bfloat16, or nothing. The weights stay in float32.
+
+    One pass only: inside a context each weight is rounded once and kept, whatever the optimiser does to it.
+    """
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 @contextmanager
@@ -506,29 +583,53 @@ def head_at(model, mask):
         hook.remove()
 
 
+def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
+    """log_softmax(logits [M, V] / temperature) at targets [M] -> [M] float32.
+
+    `chunk` rows at a time, and those once more in the backward pass: what autograd would keep of a large
+    vocabulary (float32 copies, softmax, gradients) never exists for more than one chunk.
+    """
+
+    def chosen(logits, targets):
+        logits = logits.float() / temperature
+        return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+    parts = zip(logits.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(chosen, *part, use_reentrant=False) for part in parts])
+
+
 def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=1.0, group_size=1):
     """Log-probabilities of the last T = `num_response_tokens` tokens: [N, T] float32, 0 at padding.
 
     ids, attention_mask: [N, L + T], prompts left-padded to L, responses right-padded to T.
-    group_size: G consecutive rows share their prompt. It is computed once for all of them and predicts
-    their first token; the responses, shifted by one, predict the rest from its cache, through which
-    their gradients flow back. Logits exist only at response tokens.
+    group_size: G > 1 consecutive rows share their prompt. It is computed once for all of them and predicts
+    their first token; the responses, shifted by one, predict the rest from its cache, through which their
+    gradients flow back. Not with gradient checkpointing (ValueError): layers that run again in the backward
+    pass cannot write to a cache. Logits exist only at response tokens.
     """
-    L, place, G = ids.shape[1] - num_response_tokens, positions(attention_mask), group_size
-    targets, mask = ids[:, L:], attention_mask[:, L:].bool()  # [N, T]
+    T, L, G = num_response_tokens, ids.shape[1] - num_response_tokens, group_size
+    place, mask, targets = positions(attention_mask), attention_mask[:, L:].bool(), ids[:, L:]
+    if G == 1:
+        inputs = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, :-1], use_cache=False)
+        with head_at(model, F.pad(mask, (L - 1, 0))):  # a token is predicted at the place before its own
+            logits = model(ids[:, :-1], **inputs).logits  # [M, V]
+        chosen = chosen_logprobs(logits, targets[mask], temperature)
+        return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, chosen)  # [N, T]
     cache = dict(past_key_values=DynamicCache(), use_cache=True)
     prompt = dict(attention_mask=attention_mask[::G, :L], position_ids=place[::G, :L], **cache)
-    logits = model(ids[::G, :L], logits_to_keep=1, **prompt).logits.float() / temperature  # [N/G, 1, V]
-    first = logits.log_softmax(-1).repeat_interleave(G, 0).gather(2, targets[:, :1, None]).squeeze(2)
+    logits = model(ids[::G, :L], logits_to_keep=1, **prompt).logits[:, -1]  # [N/G, V]
+    if cache["past_key_values"].get_seq_length() != L:
+        raise ValueError("gradient checkpointing keeps the cache empty: group_size must be 1")
+    first = chosen_logprobs(logits.repeat_interleave(G, 0), targets[:, 0], temperature)[:, None]
     first = first.masked_fill(~mask[:, :1], 0.0)  # [N, 1]
-    if num_response_tokens == 1:
+    if T == 1:
         return first
     cache["past_key_values"].batch_repeat_interleave(G)  # N / G -> N rows
     shifted = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1], **cache)
     with head_at(model, mask[:, 1:]):
-        logits = model(targets[:, :-1], **shifted).logits.float() / temperature  # [M, V]
-    chosen = logits.gather(1, targets[:, 1:][mask[:, 1:]][:, None]).squeeze(1) - logits.logsumexp(1)  # [M]
-    rest = torch.zeros_like(first).expand(-1, num_response_tokens - 1).masked_scatter(mask[:, 1:], chosen)
+        logits = model(targets[:, :-1], **shifted).logits  # [M, V]
+    chosen = chosen_logprobs(logits, targets[:, 1:][mask[:, 1:]], temperature)  # [M]
+    rest = torch.zeros_like(first).expand(-1, T - 1).masked_scatter(mask[:, 1:], chosen)
     return torch.cat([first, rest], 1)  # [N, T]
 
 
@@ -560,7 +661,9 @@ def token_spans(tokenizer, responses):
     Nothing is encoded again. Where a character is spread over several tokens (byte-level BPE, emoji,
     Chinese), each of them has the whole character.
     """
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    raw = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    anchor = tokenizer("a", add_special_tokens=False).input_ids[-1:]  # SentencePiece drops a leading space
+    decode = lambda ids: raw(anchor + ids)[len(raw(anchor)) :]
     pieces = {token: decode([token]) for token in {token for ids in responses for token in ids}}
     texts, tokens = [decode(ids) for ids in responses], []
     for ids, text in zip(responses, texts):
@@ -569,13 +672,17 @@ def token_spans(tokenizer, responses):
             ends = [0, *itertools.accumulate(map(len, parts))]
             tokens.append(list(zip(ends, ends[1:])))
             continue
-        row, start = [], 0
+        row, whole, done = (
+            [],
+            0,
+            0,
+        )  # the first `whole` tokens write the first `done` characters, to the last bit
         for t in range(1, len(ids) + 1):
-            prefix = decode(ids[:t])
-            complete = os.path.commonprefix([prefix.rstrip("\ufffd"), text])
-            done = max(start, len(complete))  # characters complete so far ...
-            row.append((start, min(done + (len(prefix) > done), len(text))))  # ... and one that is begun
-            start = done
+            piece = decode(ids[whole:t])
+            complete = min(done + len(piece.rstrip("\ufffd")), len(text))
+            row.append((min(done, len(text)), min(complete + piece.endswith("\ufffd"), len(text))))
+            if not piece.endswith("\ufffd"):
+                whole, done = t, complete
         tokens.append(row)
     return texts, tokens
 
@@ -593,10 +700,54 @@ def evidence_to_tokens(evidence, tokens):
     ]
 
 
-def grade(tokenizer, rollout, tasks):
-    """Verify every response of a rollout on every rubric of its prompt.
+QUESTION = (
+    "Here is a request, and a response to it.\n\nRequest:\n{}\n\nResponse:\n{}\n\n"
+    "Does the response meet this criterion: {}\nAnswer yes or no. Answer:"
+)
 
-    Returns texts (N strings), verdicts [N, K] in {+1, -1, 0} and evidence [N, K, T] in {0, 1}.
+
+@torch.no_grad()
+def judge_yes(judge, questions, batch=16):
+    """How sure a judge is of "yes": P(yes) / (P(yes) + P(no)) of its next token (RTT; no generation).
+
+    judge: a Policy. questions: tuples (prompt, response, list of criteria) -> for each a tensor, a number a
+    criterion. What the questions on one response share, above all the response, is computed once.
+    """
+    judge.model.eval()
+    tokenizer, device, answers = judge.tokenizer, judge.model.device, [None] * len(questions)
+    first = lambda words: [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
+    yes, no = set(first(["yes", "Yes", " yes", " Yes"])), set(first(["no", "No", " no", " No"]))
+    yes, no = sorted(yes - no), sorted(no - yes)  # a lone space before both says nothing
+    rows = [
+        [encode_prompt(tokenizer, QUESTION.format(p, r, c)) for c in criteria] for p, r, criteria in questions
+    ]
+    order = sorted(range(len(rows)), key=lambda m: len(rows[m][0]))  # like lengths together: less padding
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        heads = [os.path.commonprefix([row[:-1] for row in rows[m]]) for m in part]
+        tails = [row[len(head) :] for m, head in zip(part, heads) for row in rows[m]]
+        owner = torch.tensor([b for b, m in enumerate(part) for _ in rows[m]], device=device)
+        ids, mask = left_pad(heads, 0, device)
+        inputs = dict(past_key_values=DynamicCache(), logits_to_keep=1)
+        judge.model(ids, attention_mask=mask, position_ids=positions(mask), **inputs)
+        inputs["past_key_values"].batch_select_indices(owner)
+        ids, tail_mask = left_pad(tails, 0, device)
+        mask = torch.cat([mask[owner], tail_mask], 1)
+        place = positions(mask)[:, -ids.shape[1] :]
+        logp = (
+            judge.model(ids, attention_mask=mask, position_ids=place, **inputs).logits[:, -1].float()
+        )  # [M, V]
+        sure = (logp[:, yes].logsumexp(1) - logp[:, no].logsumexp(1)).sigmoid()  # [M]
+        for m, answer in zip(part, sure.cpu().split([len(rows[m]) for m in part])):
+            answers[m] = answer
+    return answers
+
+
+def grade(tokenizer, rollout, tasks, judge=None):
+    """Verdicts on every response of a rollout, for every rubric of its prompt.
+
+    Returns texts (N strings), verdicts [N, K] in {+1, -1, 0} and evidence [N, K, T] in {0, 1}: -1 where the
+    verdict is the judge's, who gives none. judge: a Policy, for rubrics that no rule can decide.
     """
     N, T = rollout.ids.shape
     G, K = N // len(tasks), max(len(task.rubrics) for task in tasks)
@@ -604,12 +755,20 @@ def grade(tokenizer, rollout, tasks):
     without_end = [ids[: n - end] for ids, n, end in zip(rollout.ids.tolist(), lengths, ended)]
     texts, tokens = token_spans(tokenizer, without_end)
     verdicts, evidence = torch.zeros(N, K, dtype=torch.long), torch.zeros(N, K, T)
+    asked = defaultdict(list)  # response -> its rubrics that the judge decides
     for i, text in enumerate(texts):
         places, task = tokens[i] + [(len(text), len(text) + 1)] * ended[i], tasks[i // G]
         for k, rubric in enumerate(task.rubrics):
-            verdict = verify(rubric, text, task.prompt)
+            by_rule = rubric.id != JUDGED
+            verdict = verify(rubric, text, task.prompt) if by_rule else Verdict(bool(text.strip()), [])
             verdicts[i, k] = 1 if verdict.satisfied else -1
             evidence[i, k, : len(places)] = torch.tensor(evidence_to_tokens(verdict.evidence, places))
+            if verdict.satisfied and needs_judge(rubric):
+                asked[i].append(k)
+    about = lambda i, ks: (tasks[i // G].prompt, texts[i], [tasks[i // G].rubrics[k].criterion for k in ks])
+    answers = judge_yes(judge, [about(i, ks) for i, ks in asked.items()]) if asked else []
+    for (i, ks), answer in zip(asked.items(), answers):
+        verdicts[i, ks], evidence[i, ks] = (answer > 0.5).long() * 2 - 1, -1.0
     return texts, verdicts.to(rollout.ids.device), evidence.to(rollout.ids.device)
 
 
@@ -633,14 +792,16 @@ def all_pairs(criteria):
 class RelevanceDiscriminator:
     """criterion with verdict + response -> relevance of each response token."""
 
-    def __init__(self, folder, tokenizer, learning_rate, device):
+    def __init__(self, folder, tokenizer, learning_rate, device, dtype="float32"):
         """`folder`: a language model with the policy's tokenizer; by default the policy's own folder."""
         config = without_dropout(AutoConfig.from_pretrained(folder, num_labels=1))
         config.classifier_dropout = 0.0  # the head's; few configs name it, and 0.1 is what they then get
         transformers.logging.set_verbosity_error()  # the head is new, which it would report at length
-        model = AutoModelForTokenClassification.from_pretrained(folder, config=config, **SAFE)
+        model = AutoModelForTokenClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, **SAFE
+        )
         transformers.logging.set_verbosity_warning()
-        self.model, self.tokenizer = model.to(device), tokenizer
+        self.model, self.tokenizer, self.dtype = model.to(device), tokenizer, dtype
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate)
 
     def logits(self, criteria, ids, mask):
@@ -651,7 +812,8 @@ class RelevanceDiscriminator:
         )
         attention = torch.cat([prompt_mask, mask], 1)  # [M, C + T]
         inputs = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
-        logits = self.model(torch.cat([prompt_ids, ids], 1), **inputs).logits  # [M, C + T, 1]
+        with precision(ids.device, self.dtype):
+            logits = self.model(torch.cat([prompt_ids, ids], 1), **inputs).logits  # [M, C + T, 1]
         return logits[:, -ids.shape[1] :, 0].float()  # [M, T]
 
     @torch.no_grad()
@@ -672,18 +834,27 @@ class RelevanceDiscriminator:
             relevance[i, k, :T] = self.logits(texts, ids[i, :T], mask[i, :T]).sigmoid() * mask[i, :T]
         return relevance
 
-    def fit(self, criteria, ids, mask, evidence, pairs=48):
-        """One step of cross-entropy towards evidence [N, K, T] on some random (response, rubric) pairs."""
+    def fit(self, criteria, ids, mask, evidence, pairs=48, batch=16):
+        """One step of cross-entropy towards evidence [N, K, T] on some random (response, rubric) pairs.
+
+        Pairs without evidence (-1: a judge gave the verdict) are left out; what is learned from the others
+        must do for them. At most `batch` pairs are in memory at a time.
+        """
         self.model.train()
-        every = all_pairs(criteria)
-        i, k = map(list, zip(*[every[j] for j in torch.randperm(len(every))[:pairs].tolist()]))
-        T = int(mask[i].sum(1).max())
-        mask = mask[i, :T]
-        logits = self.logits([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask)
-        loss = F.binary_cross_entropy_with_logits(
-            logits, evidence[i, k, :T], weight=mask.float(), reduction="sum"
-        )
-        (loss / mask.sum()).backward()
+        known = (evidence[:, :, 0] >= 0).tolist()
+        every = [(i, k) for i, k in all_pairs(criteria) if known[i][k]]
+        chosen = [every[j] for j in torch.randperm(len(every))[: -(-pairs // WORLD)].tolist()]
+        lengths = mask.sum(1).tolist()
+        chosen.sort(key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
+        total = sum(gather(sum(lengths[i] for i, _ in chosen))) or 1
+        for start in range(0, len(chosen), batch):
+            i, k = map(list, zip(*chosen[start : start + batch]))
+            T = lengths[i[-1]]
+            logits = self.logits([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask[i, :T])
+            labels, weight = evidence[i, k, :T], mask[i, :T].float()
+            loss = F.binary_cross_entropy_with_logits(logits, labels, weight=weight, reduction="sum")
+            (loss / total).backward()
+        add_gradients(self.model)
         if math.isfinite(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)):
             self.optimizer.step()
         else:
@@ -960,25 +1131,46 @@ def trim(rollout, rows, group_size):
     return ids, torch.cat([wide(prompt_mask), mask[:, :T]], 1), T
 
 
+def gather(value):
+    """The values that all processes of the run have here, a list in the order of their ranks."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def add_gradients(model):
+    """Sum the gradients of all processes; with a global denominator, those of one process with all rows."""
+    for weight in model.parameters() if WORLD > 1 else ():
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        dist.all_reduce(weight.grad)
+
+
 def update(model, optimizer, rollout, advantages, args, reference=None):
     """`args.updates` optimiser steps on one rollout; advantages [N, T]. Returns statistics (a dict).
 
-    The denominator is that of the whole update, so the micro-batch size changes no gradient. The old
-    log-probabilities are the sampler's: no pass is spent on them. A step whose loss or gradient is not
-    finite is skipped and reported; the statistics are means over the others. reference: for --kl.
+    The denominator is that of the whole update, over all micro-batches and processes, so neither's number
+    changes a gradient. The old log-probabilities are the sampler's: no pass is spent on them. A step whose
+    loss or gradient is not finite is skipped and reported; the statistics are means over the others.
+    reference: for --kl.
     """
     model.train()
     G, steps, skipped = args.group_size, [], 0
-    denominator, tokens = loss_denominator(rollout.mask, args.loss), rollout.mask.sum()
+    shared = (
+        1 if args.gradient_checkpointing else G
+    )  # responses that are scored on one computation of their prompt
+    own = int(loss_denominator(rollout.mask, args.loss)), int(rollout.mask.sum())
+    denominator, tokens = map(sum, zip(*gather(own)))
     for _ in range(args.updates):
         stats, coef = defaultdict(float), torch.zeros_like(advantages)
         for rows in micro_batches(rollout.mask.sum(1), G, args.micro_batch):
             ids, attention, T = trim(rollout, rows, G)
-            logprobs = token_logprobs(model, ids, attention, T, args.temperature, G)  # [n, T]
+            with precision(args.device, args.dtype):
+                logprobs = token_logprobs(model, ids, attention, T, args.temperature, shared)  # [n, T]
             old, adv, mask = rollout.logprobs[rows, :T], advantages[rows, :T], rollout.mask[rows, :T]
             loss, part = policy_loss(logprobs, old, adv, mask, G, args.loss, args.clip, denominator)
             if reference is not None:
-                with torch.no_grad():
+                with torch.no_grad(), precision(args.device, args.dtype):
                     anchor = token_logprobs(reference, ids, attention, T, args.temperature, G)
                 loss = loss + args.kl * k3(logprobs, anchor).sum() / tokens  # both are 0 at padding
             loss.backward()
@@ -986,6 +1178,8 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
             stats["loss"] += loss.item()
             for name, value in part.items():
                 stats[name] += value * float(mask.sum() / tokens)
+        add_gradients(model)
+        stats = {name: sum(part[name] for part in gather(stats)) for name in stats}
         stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
             optimizer.step()
@@ -1039,17 +1233,28 @@ def loading(flag, name):
         ) from None
 
 
-def load_policy(name, device):
-    """The Policy of a local folder or a hub id. Raises BadInput if it cannot be had or has no end token."""
-    with loading("--model", name):
+def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
+    """The Policy of a local folder or a hub id.
+
+    Raises BadInput if it cannot be had, has no end token, or if a prompt with its response may not fit into
+    its context. wrap: what a judge reads beside the prompt.
+    """
+    with loading(flag, name):
         config = without_dropout(AutoConfig.from_pretrained(name))
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, **SAFE).to(device)
+        longest = max((len(encode_prompt(tokenizer, wrap.format(t.prompt))), t.prompt[:40]) for t in tasks)
+        context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+        if longest[0] + args.max_new_tokens > context:
+            raise BadInput(
+                f"{args.data}: a prompt of {longest[0]} tokens and --max-new-tokens {args.max_new_tokens} "
+                f"exceed the context of {flag} {name}, {context} tokens: {longest[1]!r}"
+            )
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **SAFE)
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not ends:
-        raise BadInput(f"--model {name}: neither its tokenizer nor its generation_config has an end token")
-    return Policy(model, tokenizer, sorted(ends))
+        raise BadInput(f"{flag} {name}: neither its tokenizer nor its generation_config has an end token")
+    return Policy(model.to(args.device), tokenizer, sorted(ends))
 
 
 def load_discriminator(name, policy, args):
@@ -1057,35 +1262,15 @@ def load_discriminator(name, policy, args):
     with loading("--discriminator", name):
         if AutoTokenizer.from_pretrained(name).get_vocab() != policy.tokenizer.get_vocab():
             raise BadInput(f"--discriminator {name}: must have the same tokenizer as --model {args.model}")
-        return RelevanceDiscriminator(name, policy.tokenizer, args.discriminator_lr, args.device)
-
-
-def check_lengths(policy, tasks, args):
-    """Raises BadInput for a prompt that, with its response, may not fit into the model's context."""
-    context = getattr(policy.model.config, "max_position_embeddings", math.inf)
-    for task in tasks:
-        length = len(encode_prompt(policy.tokenizer, task.prompt))
-        if length + args.max_new_tokens > context:
-            raise BadInput(
-                f"{args.data}: a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed "
-                f"the model's context of {context} tokens: {task.prompt[:40]!r}"
-            )
-
-
-def encode_prompt(tokenizer, prompt):
-    """A prompt as token ids: through the chat template where there is one, as plain text where not."""
-    if not tokenizer.chat_template:
-        return tokenizer(prompt).input_ids
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
+        return RelevanceDiscriminator(name, policy.tokenizer, args.discriminator_lr, args.device, args.dtype)
 
 
 def roll_out(policy, tasks, group_size, seeds, args):
     """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
     limits = (group_size, args.max_new_tokens, args.temperature)
-    return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds)
+    with precision(args.device, args.dtype):
+        return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds)
 
 
 def criteria_of(tasks, verdicts):
@@ -1129,52 +1314,67 @@ def rollout_metrics(rollout, verdicts, rewards, group_size):
 
 
 def scored_tokens(relevance, evidence, verdicts, mask):
-    """relevance and evidence [N, K, T] at the response tokens of rubrics that exist: two tensors [M]."""
-    valid = (verdicts != 0)[..., None] & (mask[:, None] > 0)  # [N, K, T]
-    return relevance[valid], evidence[valid]
+    """relevance and evidence [N, K, T] at the response tokens, where there is evidence: two tensors [M]."""
+    valid = (verdicts != 0)[..., None] & (mask[:, None] > 0) & (evidence >= 0)  # [N, K, T]
+    return relevance[valid].cpu(), evidence[valid].cpu()
 
 
-def evaluate(policy, tasks, args, discriminator=None):
-    """Accuracy on held-out tasks, one response each, every time from the same random numbers. Returns a dict.
+def evaluate(policy, tasks, args, judge=None, discriminator=None):
+    """Accuracy on held-out tasks, one response each, every time from the same random numbers.
 
-    "instruction", "rubric", "truncated": shares; "kinds": {rubric id: [satisfied, total]};
-    with a discriminator also "f1" and "auroc" of its relevance, over all response tokens.
+    Returns a dict and the records of all responses. The dict: "instruction", "rubric", "truncated": shares;
+    "kinds": {rubric id: [satisfied, total]}; with a discriminator also "f1" and "auroc" of its relevance.
     """
-    kinds, hits, truncated, scored = defaultdict(lambda: [0, 0]), 0, 0, []
-    size = args.prompts * args.group_size  # as many responses at a time as in training
-    for start in tqdm(range(0, len(tasks), size), "evaluate", leave=False, disable=None):
-        chunk = tasks[start : start + size]
-        rollout = roll_out(policy, chunk, 1, range(start, start + len(chunk)), args)
-        _, verdicts, evidence = grade(policy.tokenizer, rollout, chunk)  # [N, K], [N, K, T]
-        hits += int(response_reward(verdicts, "aon").sum())
-        truncated += int(rollout.truncated.sum())
-        for task, row in zip(chunk, verdicts.tolist()):
-            for rubric, verdict in zip(task.rubrics, row):
-                kinds[rubric.id][0] += verdict > 0
-                kinds[rubric.id][1] += 1
+    records, scored = [], []
+    mine, size = range(RANK, len(tasks), WORLD), args.prompts * args.group_size  # a step's responses
+    for start in progress(range(0, len(mine), size), "evaluate", leave=False):
+        part = mine[start : start + size]
+        chunk = [tasks[n] for n in part]
+        rollout = roll_out(policy, chunk, 1, part, args)
+        texts, verdicts, evidence = grade(policy.tokenizer, rollout, chunk, judge)  # [N, K], [N, K, T]
+        rows = rollout.truncated.tolist(), verdicts.tolist(), evidence[:, :, 0].tolist()
+        records += [record(*row) for row in zip(part, chunk, texts, *rows)]
         if discriminator:
             relevance = discriminator.predict(criteria_of(chunk, verdicts), rollout.ids, rollout.mask)
             scored.append(scored_tokens(relevance, evidence, verdicts, rollout.mask))
+    records = sorted((r for part in gather(records) for r in part), key=lambda r: r["index"])
+    kinds = defaultdict(lambda: [0, 0])
+    for rubric in (rubric for r in records for rubric in r["rubrics"]):
+        kinds[rubric["id"]][0] += rubric["satisfied"]
+        kinds[rubric["id"]][1] += 1
     satisfied, total = map(sum, zip(*kinds.values()))
-    result = dict(instruction=hits / len(tasks), rubric=satisfied / total, truncated=truncated / len(tasks))
+    every = sum(all(rubric["satisfied"] for rubric in r["rubrics"]) for r in records)
+    result = dict(instruction=every / len(tasks), rubric=satisfied / total)
+    result["truncated"] = sum(r["truncated"] for r in records) / len(tasks)
     if discriminator:
+        scored = [pair for part in gather(scored) for pair in part]
         result["f1"], result["auroc"] = f1_and_auroc(*map(torch.cat, zip(*scored)))
-    return result | dict(prompts=len(tasks), kinds=dict(sorted(kinds.items())))
+    return result | dict(prompts=len(tasks), kinds=dict(sorted(kinds.items()))), records
 
 
-def table(before, after):
-    """The closing table: held-out accuracy before and after, overall and per kind of rubric."""
-    line = lambda name, n, a, b: f"{name:<40}{n:>9}{100 * a:>9.1f}{100 * b:>9.1f}{100 * (b - a):>+9.1f}"
-    rubrics = sum(total for _, total in before["kinds"].values())
-    rows = [
-        f"{'held-out accuracy, %':<40}{'count':>9}{'before':>9}{'after':>9}{'change':>9}",
-        line(
-            "instruction level (all rubrics)", before["prompts"], before["instruction"], after["instruction"]
-        ),
-        line("rubric level", rubrics, before["rubric"], after["rubric"]),
-    ]
-    for kind, (hits, total) in before["kinds"].items():
-        rows.append(line(f"  {kind}", total, hits / total, after["kinds"][kind][0] / total))
+def record(index, task, text, truncated, verdicts, known):
+    """One response as responses.jsonl has it: evidence in characters, null where a judge gave the verdict."""
+    rubrics = []
+    for rubric, verdict, evidence in zip(task.rubrics, verdicts, known):
+        spans = verify(rubric, text, task.prompt).evidence if evidence >= 0 else None
+        rubrics.append(dict(id=rubric.id, criterion=rubric.criterion, satisfied=verdict > 0, evidence=spans))
+    return dict(index=index, prompt=task.prompt, response=text, truncated=truncated, rubrics=rubrics)
+
+
+def table(*results):
+    """Held-out accuracy, overall and per kind of rubric: of one evaluation, or of two and the change."""
+
+    def line(name, count, *shares):
+        change = [f"{100 * (shares[1] - shares[0]):>+9.1f}"] if len(shares) == 2 else []
+        return "".join([f"{name:<42}{count:>7}", *(f"{100 * x:>9.1f}" for x in shares), *change])
+
+    first, shares = results[0], lambda level: [result[level] for result in results]
+    names = "".join(f"{name:>9}" for name in ("before", "after", "change")) if len(results) == 2 else ""
+    rows = [f"{'held-out accuracy, %':<42}{'count':>7}{names}"]
+    rows.append(line("instruction level (all rubrics)", first["prompts"], *shares("instruction")))
+    rows.append(line("rubric level", sum(n for _, n in first["kinds"].values()), *shares("rubric")))
+    for kind, (_, n) in first["kinds"].items():
+        rows.append(line(f"  {kind}", n, *(result["kinds"][kind][0] / n for result in results)))
     return "\n".join(rows)
 
 
@@ -1210,8 +1410,8 @@ class Stopwatch:
     def __call__(self, phase):
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # kernels run on after the call that started them
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # kernels run on after the call that started them
         self.seconds[phase] += time.perf_counter() - start
 
 
@@ -1222,6 +1422,12 @@ def peak_memory_mb():
     return (torch.cuda.max_memory_allocated() or process) / 2**20
 
 
+def progress(items, what, **options):
+    """A progress bar, in a terminal, of the one process that speaks."""
+    style = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+    return tqdm(items, what, bar_format=style, disable=RANK > 0 or None, **options)
+
+
 def task_stream(tasks, seed):
     """(task, seed for its sampling) without end, in a new order each time round."""
     rng = random.Random(seed)
@@ -1230,61 +1436,86 @@ def task_stream(tasks, seed):
             yield task, rng.getrandbits(62)
 
 
-def warm_up(policy, discriminator, stream, args):
+def draw_tasks(stream, args):
+    """The next `args.prompts` tasks and seeds of the stream; of these, this process's share."""
+    drawn = list(itertools.islice(stream, args.prompts))
+    return zip(*drawn[RANK::WORLD])
+
+
+def warm_up(models, stream, args):
     """Train the discriminator on the starting policy's rollouts; the policy stays as it is."""
-    for _ in tqdm(range(args.warmup), desc="warm-up", disable=None):
-        tasks, seeds = zip(*itertools.islice(stream, args.prompts))
+    policy, discriminator = models.policy, models.discriminator
+    for _ in progress(range(args.warmup), "warm-up"):
+        tasks, seeds = draw_tasks(stream, args)
         rollout = roll_out(policy, tasks, args.group_size, seeds, args)
-        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks)
+        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks, models.judge)
         for _ in range(4):  # a rollout costs more than a step of the discriminator
             discriminator.fit(criteria_of(tasks, verdicts), rollout.ids, rollout.mask, evidence)
 
 
-def train_step(policy, optimizer, discriminator, reference, stream, args):
+class Models(NamedTuple):
+    policy: Policy
+    optimizer: torch.optim.Optimizer  # of the policy
+    discriminator: RelevanceDiscriminator | None
+    judge: Policy | None  # for rubrics that no rule can decide
+    reference: torch.nn.Module | None  # for --kl
+
+
+def train_step(models, tasks, seeds, args):
     """The pipeline of the opening picture, once. Returns a row of metrics, and what show_credit needs."""
-    watch, G = Stopwatch(), args.group_size
-    tasks, seeds = zip(*itertools.islice(stream, args.prompts))
+    watch, G, (policy, optimizer, discriminator, judge, reference) = Stopwatch(), args.group_size, models
     with watch("rollout"):
         rollout = roll_out(policy, tasks, G, seeds, args)  # ids, mask, logprobs [N, T]
     with watch("verify"):
-        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks)  # [N, K], [N, K, T]
+        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks, judge)  # [N, K], [N, K, T]
         rewards = response_reward(verdicts, args.reward)  # [N]
         row = rollout_metrics(rollout, verdicts, rewards, G)
     with watch("relevance"):
-        relevance = evidence if args.relevance == "evidence" else torch.ones_like(evidence)  # [N, K, T]
+        relevance = evidence.clamp(min=0 if args.relevance == "evidence" else 1)  # [N, K, T]
         if discriminator:
             criteria = criteria_of(tasks, verdicts)
             relevance = discriminator.predict(criteria, rollout.ids, rollout.mask)
-            row["f1"], row["auroc"] = f1_and_auroc(
-                *scored_tokens(relevance, evidence, verdicts, rollout.mask)
-            )
+            scored = scored_tokens(relevance, evidence, verdicts, rollout.mask)
+            row["f1"], row["auroc"] = f1_and_auroc(*scored)
             discriminator.fit(criteria, rollout.ids, rollout.mask, evidence)
     with watch("update"):
         advantages = group_advantages(rewards, verdicts, relevance, rollout.mask, args)  # [N, T]
         row |= update(policy.model, optimizer, rollout, advantages, args, reference)
-    seconds = sum(watch.seconds.values())
-    row |= dict(seconds=seconds, **{f"seconds_{phase}": s for phase, s in watch.seconds.items()})
-    row |= dict(tokens_per_second=row["tokens"] / seconds, peak_memory_mb=peak_memory_mb())
+    row |= dict(seconds=sum(watch.seconds.values()), peak_memory_mb=peak_memory_mb())
+    row = merged(gather(row | {f"seconds_{phase}": s for phase, s in watch.seconds.items()}))
+    row["tokens_per_second"] = row["tokens"] / row["seconds"]
     return row, (tasks[0], rollout.ids[0], rollout.mask[0], verdicts[0], advantages[0])
 
 
-def train(policy, discriminator, train_tasks, eval_tasks, out, args):
-    """Warm-up, then `args.steps` steps; one line a step to metrics.jsonl. Returns the lines."""
-    stream, rows = task_stream(train_tasks, args.seed), []
-    optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
-    reference = copy.deepcopy(policy.model).eval() if args.kl else None
-    if discriminator:
-        warm_up(policy, discriminator, stream, args)
-    bar = tqdm(
-        range(1, args.steps + 1),
-        "train",
-        bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
-        disable=None,
-    )
+def merged(rows):
+    """One row of metrics from those of all processes: tokens add up, the slowest counts, else the mean."""
+    rule = lambda name: sum if name == "tokens" else max if name.startswith(("seconds", "peak")) else fmean
+    return {name: rule(name)([row[name] for row in rows]) for name in rows[0]}
+
+
+def train(models, train_tasks, eval_tasks, out, args, done=0, position=0, before=None):
+    """Warm-up, then the steps after `done`; one line a step to metrics.jsonl, and checkpoints.
+
+    done, position, before: from a checkpoint: steps, tasks drawn from the stream, and the first evaluation.
+    Ctrl-C ends it after a whole step, with a checkpoint and exit status 130.
+    """
+    metrics = out / "metrics.jsonl"
+    if metrics.is_file():  # what came after the checkpoint is done again
+        write_whole(metrics, "".join(metrics.read_text(encoding="utf-8").splitlines(True)[:done]))
+    stream, policy = itertools.islice(task_stream(train_tasks, args.seed), position, None), models.policy
+    if models.discriminator and not position:
+        warm_up(models, stream, args)
+        position = args.warmup * args.prompts
+    interrupted, default = (
+        [],
+        signal.default_int_handler,
+    )  # the first Ctrl-C ends the loop, the second the program
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, default)))
+    bar = progress(range(done + 1, args.steps + 1), "train", initial=done, total=args.steps)
     for step in bar:
-        row, example = train_step(policy, optimizer, discriminator, reference, stream, args)
+        row, example = train_step(models, *draw_tasks(stream, args), args)
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
-            result = evaluate(policy, eval_tasks[: args.eval_prompts], args)
+            result, _ = evaluate(policy, eval_tasks[: args.eval_prompts], args, models.judge)
             row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
             tqdm.write(
                 f"step {step:>4}: reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, residual "
@@ -1293,14 +1524,72 @@ def train(policy, discriminator, train_tasks, eval_tasks, out, args):
             )
         if args.show_every and step % args.show_every == 0:
             tqdm.write(show_credit(policy.tokenizer, *example))
-        rows.append(dict(step=step, **row))
-        with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        if RANK == 0:
+            with open(metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(step=step, **row)) + "\n")
         bar.set_postfix_str(
             f"reward {row['reward']:.2f}, acc {row['instruction']:.2f}/{row['rubric']:.2f}, "
             f"H {row['entropy']:.2f}, tax {row['residual']:.2f}"
         )
-    return rows
+        stop = sum(gather(len(interrupted)))
+        if stop or step == args.steps or step % args.save_every == 0:
+            reached = dict(done=step, position=position + (step - done) * args.prompts, before=before)
+            save_checkpoint(out, models, reached)
+        if stop and step < args.steps:
+            print(f"stopped after a whole step; to go on: python rtt.py --resume {out}")
+            sys.exit(130)
+
+
+def write_whole(path, content):
+    """Write a text or a checkpoint to a new file, then rename it: `path` is never half written."""
+    if RANK:  # one process writes for all
+        return
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def trained(models):
+    """What training changes, by name: the parts of a checkpoint."""
+    learner = models.discriminator
+    parts = dict(policy=models.policy.model, optimizer=models.optimizer)
+    return parts | (dict(discriminator=learner.model, its_optimizer=learner.optimizer) if learner else {})
+
+
+def save_checkpoint(out, models, reached):
+    """Everything that the rest of a run depends on, in one file; the last two are kept.
+
+    Random numbers come from seeds in the stream of tasks, but for the pairs that the discriminator draws.
+    """
+    state = {name: part.state_dict() for name, part in trained(models).items()}
+    write_whole(
+        out / f"checkpoint-{reached['done']:06}.pt", dict(state, **reached, random=torch.get_rng_state())
+    )
+    for old in sorted(out.glob("checkpoint-*.pt"))[: 0 if RANK else -2]:
+        old.unlink()
+
+
+def load_checkpoint(out, models):
+    """Put everything back as it was at the newest checkpoint, if any. Returns the last arguments of train."""
+    names, newest = ("done", "position", "before"), max(out.glob("checkpoint-*.pt"), default=None)
+    if newest is None:
+        return dict(done=0, position=0, before=None)
+    try:
+        state = torch.load(newest, map_location="cpu", weights_only=True)
+        for name, part in trained(models).items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        return {name: state[name] for name in names}
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise BadInput(
+            f"{newest}: damaged, or of another model ({reason}); without it, the one before counts"
+        ) from None
 
 
 def open_run(out):
@@ -1308,62 +1597,95 @@ def open_run(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
-            raise BadInput(f"--out {out}: is not empty; name a new folder")
+            raise BadInput(f"--out {out}: is not empty; name a new folder, or go on with --resume {out}")
         (out / "metrics.jsonl").touch()
         (out / "metrics.jsonl").unlink()
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
-def load_both(path):
-    """Tasks to train on, and held-out ones: train and eval.jsonl of a folder, or a file's last tenth."""
+def load_both(path, only_held_out):
+    """Tasks to train on, and held-out ones: train and eval.jsonl of a folder, or a file's last tenth.
+
+    only_held_out (--eval-only): eval.jsonl of a folder, or all of a file; nothing to train on.
+    """
     if Path(path).is_dir():
-        return load_tasks(path, "train"), load_tasks(path, "eval")
+        return [] if only_held_out else load_tasks(path, "train"), load_tasks(path, "eval")
     tasks = load_tasks(path)
+    if only_held_out:
+        return [], tasks
     if len(tasks) < 2:
         raise BadInput(f"{path}: holds one prompt; at least two are needed, one of them to be held out")
     held_out = max(1, len(tasks) // 10)
     return tasks[:-held_out], tasks[-held_out:]
 
 
+def load_models(tasks, args):
+    """All models of a run. Raises BadInput."""
+    policy = load_policy("--model", args.model, args, torch.float32, tasks)
+    judge = discriminator = reference = None
+    judged = [task for task in tasks if any(map(needs_judge, task.rubrics))]
+    if judged:
+        wrap, dtype = QUESTION.format("{}", "", "criterion " * 20), getattr(torch, args.dtype)
+        judge = load_policy("--judge", args.judge or args.model, args, dtype, judged, wrap)
+    if not args.eval_only and args.relevance == "discriminator" and args.alpha:
+        discriminator = load_discriminator(args.discriminator or args.model, policy, args)
+    if not args.eval_only and args.kl:
+        reference = copy.deepcopy(policy.model).eval()
+    if args.gradient_checkpointing:
+        for model in [policy.model] + [discriminator.model] * bool(discriminator):
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
+    return Models(policy, optimizer, discriminator, judge, reference)
+
+
 def run(args):
     """Check the input, load, measure, train, measure again, save."""
-    train_tasks, eval_tasks = load_both(args.data)
-    out = Path(args.out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    open_run(out)
+    train_tasks, eval_tasks = load_both(args.data, args.eval_only)
+    out = Path(args.resume or args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
+    new = RANK == 0 and not args.resume
+    if new:
+        open_run(out)
     torch.manual_seed(args.seed)
     try:
-        policy, discriminator = load_policy(args.model, args.device), None
-        check_lengths(policy, train_tasks + eval_tasks, args)
-        if args.relevance == "discriminator" and args.alpha:
-            discriminator = load_discriminator(args.discriminator or args.model, policy, args)
+        models = load_models(train_tasks + eval_tasks, args)
+        reached = load_checkpoint(out, models)
     except BadInput:
-        out.rmdir()  # still empty
+        if new:
+            out.rmdir()  # still empty
         raise
-    (out / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n", encoding="utf-8")
-    start = time.perf_counter()
-    before = evaluate(policy, eval_tasks, args)
-    print(
-        f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric level)"
-    )
-    rows = train(policy, discriminator, train_tasks, eval_tasks, out, args)
-    after = evaluate(policy, eval_tasks, args, discriminator)
-    (out / "result.json").write_text(
-        json.dumps(dict(before=before, after=after), indent=2) + "\n", encoding="utf-8"
-    )
-    policy.model.save_pretrained(out / "policy")
-    policy.tokenizer.save_pretrained(out / "policy")
-    print("\n" + table(before, after))
-    if discriminator:
-        print(f"\ndiscriminator on held-out prompts: token F1 {after['f1']:.3f}, AUROC {after['auroc']:.3f}")
-    mean = lambda name: sum(row[name] for row in rows) / len(rows)
-    phases = ", ".join(f"{phase} {mean('seconds_' + phase):.2f}" for phase in PHASES)
-    print(
-        f"seconds a step: {mean('seconds'):.2f} ({phases}); {mean('tokens_per_second'):.0f} response tokens/s"
-    )
-    total = time.perf_counter() - start
-    print(f"{total:.0f} s in all; peak memory {rows[-1]['peak_memory_mb']:.0f} MB")
-    print(f"metrics, config and the trained policy are in {out}")
+    write_whole(out / "config.json", json.dumps(vars(args), indent=2) + "\n")
+    start, policy, judge = time.perf_counter(), models.policy, models.judge
+    if args.eval_only:
+        result, records = evaluate(policy, eval_tasks, args, judge)
+        print(table(result))
+    else:
+        before = reached["before"] = reached["before"] or evaluate(policy, eval_tasks, args, judge)[0]
+        print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
+        train(models, train_tasks, eval_tasks, out, args, **reached)
+        after, records = evaluate(policy, eval_tasks, args, judge, models.discriminator)
+        result = dict(before=before, after=after)
+        print("\n" + table(before, after))
+        if RANK == 0:
+            print(summary(out, after))
+            policy.model.save_pretrained(out / "policy")
+            policy.tokenizer.save_pretrained(out / "policy")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_whole(out / "responses.jsonl", "".join(lines))
+    write_whole(out / "result.json", json.dumps(result, indent=2) + "\n")
+    print(f"{time.perf_counter() - start:.0f} s in all; peak memory {peak_memory_mb():.0f} MB")
+    print(f"results, responses and, after training, metrics and the policy are in {out}")
+
+
+def summary(out, after):
+    """How long a step took and how good the discriminator is, from metrics.jsonl and the last evaluation."""
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
+    average = lambda name: fmean(row[name] for row in rows)
+    phases = ", ".join(f"{phase} {average('seconds_' + phase):.2f}" for phase in PHASES)
+    speed = f"{average('seconds'):.2f} ({phases}); {average('tokens_per_second'):.0f} response tokens/s"
+    scores = ("f1", "token F1"), ("auroc", "AUROC")
+    found = ", ".join(f"{name} {after[key]:.3f}" for key, name in scores if key in after)
+    return (f"\ndiscriminator on held-out prompts: {found}\n" if found else "") + f"seconds a step: {speed}"
 
 
 def beside(name):
@@ -1404,7 +1726,10 @@ def parse_args(argv=None):
         "  python rtt.py                                        the embedded model and stories\n"
         "  python rtt.py --alpha 0 --reward csr                 plain GRPO, on the share of rubrics met\n"
         "  python rtt.py --alpha 0 --loss dfpo-min --updates 4  off policy, with weights that cancel\n"
-        "  python rtt.py --model runs/NAME/policy --seed 1      go on from a trained policy",
+        "  python rtt.py --model Qwen2.5-0.5B                   a model of the hub, on data/instructions\n"
+        "  python rtt.py --eval-only --model NAME --data NAME   only measure\n"
+        "  python rtt.py --resume runs/NAME                     go on after an interruption\n"
+        "  torchrun --nproc_per_node 4 rtt.py --model NAME      on four GPUs",
         formatter_class=Help,
     )
 
@@ -1423,13 +1748,18 @@ def parse_args(argv=None):
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="NAME", default=beside("data/tiny"),
-        help="a Hugging Face model folder, or a model's name on the hub")
+        help="a Hugging Face model folder, or a model's name on the hub (Qwen2.5-0.5B is Qwen/Qwen2.5-0.5B)")
     add("--data", metavar="NAME", default=beside("data/stories"),
-        help="folder with train and eval.jsonl, a .jsonl file, or a hub data set")
+        help="folder with train and eval.jsonl, a .jsonl file, or a hub data set such as google/IFEval")
+    add("--judge", metavar="NAME", default="",
+        help="model that decides rubrics which no rule can (default: the starting policy)")
     add("--out", metavar="DIR", default="",
         help="new folder for metrics, config and trained policy (default: runs/<time>)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="auto takes the best there is")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of the computation; weights stay float32 (auto: bfloat16 on cuda)")
+    add("--eval-only", action="store_true", help="measure the model on the held-out data, do not train")
     add("--seed", metavar="N", type=any_number, default=0,
         help="of everything random; on the CPU, equal seeds give equal runs")
     add = parser.add_argument_group("rollouts").add_argument
@@ -1462,6 +1792,8 @@ def parse_args(argv=None):
     add("--kl", metavar="X", type=weight, default=0.0,
         help="weight of the KL to the starting policy; 0 costs nothing")
     add("--micro-batch", metavar="N", type=some, default=4, help="groups (prompts) a pass of the update")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="compute layers twice instead of keeping what they computed: slower, less memory")
     add = parser.add_argument_group("measuring").add_argument
     add("--eval-every", metavar="N", type=any_number, default=25,
         help="steps between held-out evaluations (0: only first and last)")
@@ -1469,27 +1801,81 @@ def parse_args(argv=None):
         help="prompts in each of these; the first and the last use all")
     add("--show-every", metavar="N", type=any_number, default=50,
         help="steps between responses shown with their credit (0: never)")
+    add("--save-every", metavar="N", type=some, default=50, help="steps between checkpoints; two are kept")
+    add("--resume", metavar="DIR", default="",
+        help="go on with the run in this folder from its last checkpoint, for as many --steps in all")
     # fmt: on
     args = parser.parse_args(argv)
+    if Path(args.model).resolve() != Path(beside("data/tiny")).resolve():
+        parser.set_defaults(**OTHER_MODELS, data=beside("data/instructions"))
+        args = parser.parse_args(argv)
+    return checked(resumed(args, parser, argv) if args.resume else args)
+
+
+# The defaults of any model but the embedded one: they fit Qwen2.5-0.5B into 24 GB.
+OTHER_MODELS = dict(
+    max_new_tokens=512, lr=1e-6, discriminator_lr=1e-5, micro_batch=1, gradient_checkpointing=True
+)
+
+
+def resumed(args, parser, argv):
+    """The arguments of the run in `--resume`, with those on the command line that may change."""
+    try:
+        config = json.loads((Path(args.resume) / "config.json").read_text(encoding="utf-8"))
+        parser.set_defaults(**config)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f"--resume {args.resume}: its config.json cannot be read ({error})") from None
+    free = ("resume", "out", "steps", "save_every", "eval_every", "eval_prompts", "show_every", "device")
+    args = parser.parse_args(argv)
+    for name in config.keys() - free:
+        if getattr(args, name) != config[name]:
+            raise BadInput(
+                f"--resume {args.resume}: {name} is {config[name]!r} there; only --steps may change"
+            )
+    return args
+
+
+def checked(args):
+    """The arguments with "auto" and short names filled in. Raises BadInput for what is not possible."""
     if not (args.model and args.data):
         raise BadInput("--model and --data: must not be empty")
     if args.group_size < 2:
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
+    if args.prompts % WORLD:
+        raise BadInput(f"--prompts {args.prompts}: {WORLD} processes cannot share them equally")
     best = torch.accelerator.current_accelerator(check_available=True)
     best = best.type if best else "cpu"
     if args.device not in ("auto", "cpu", best):
         raise BadInput(f"--device {args.device}: there is none here, only {' and '.join({'cpu', best})}")
     args.device = best if args.device == "auto" else args.device
+    args.dtype = ("bfloat16" if args.device == "cuda" else "float32") if args.dtype == "auto" else args.dtype
+    for flag in ("model", "judge", "discriminator"):
+        name = getattr(args, flag)
+        if re.fullmatch(r"Qwen[\w.-]+", name) and not Path(name).exists():
+            setattr(args, flag, f"Qwen/{name}")
     return args
 
 
 def main(argv=None):
-    """Run; where the input is bad, say so in one line and leave with status 2."""
+    """Run; where the input is bad or the disk is full, say so in one line and leave with status 2."""
     transformers.logging.disable_progress_bar()
     try:
-        run(parse_args(argv))
+        args = parse_args(argv)
+        if (
+            WORLD > 1
+        ):  # under torchrun: each process with a GPU of its own, and the first one speaks and writes
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        run(args)
     except BadInput as error:
         print(f"rtt.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"rtt.py: {error.strerror}; what was written is whole: --resume goes on", file=sys.stderr)
         sys.exit(2)
 
 
