@@ -58,7 +58,6 @@ What is simplified, and where this differs from the papers:
 
 import argparse
 import copy
-import errno
 import inspect
 import itertools
 import json
@@ -672,17 +671,15 @@ def token_spans(tokenizer, responses):
             ends = [0, *itertools.accumulate(map(len, parts))]
             tokens.append(list(zip(ends, ends[1:])))
             continue
-        row, whole, done = (
-            [],
-            0,
-            0,
-        )  # the first `whole` tokens write the first `done` characters, to the last bit
+        row, whole, base, done = [], 0, 0, 0  # the first `whole` tokens write just the first `base` characters
         for t in range(1, len(ids) + 1):
             piece = decode(ids[whole:t])
-            complete = min(done + len(piece.rstrip("\ufffd")), len(text))
-            row.append((min(done, len(text)), min(complete + piece.endswith("\ufffd"), len(text))))
-            if not piece.endswith("\ufffd"):
-                whole, done = t, complete
+            cut = piece.endswith("\ufffd")  # the last character is begun
+            complete = min(base + len(piece.rstrip("\ufffd")), len(text))
+            row.append((done, min(complete + cut, len(text))))
+            done = complete
+            if not cut:
+                whole, base = t, complete
         tokens.append(row)
     return texts, tokens
 
@@ -1550,6 +1547,8 @@ def write_whole(path, content):
             file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             os.fsync(file.fileno())
         os.replace(new, path)
+    except RuntimeError as error:  # torch.save's, raised while it handles the OSError of a full disk
+        raise error.__context__ or error from None
     finally:
         new.unlink(missing_ok=True)
 
@@ -1872,10 +1871,10 @@ def main(argv=None):
     except BadInput as error:
         print(f"rtt.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        if not re.search("No space left|quota exceeded|File too large", str(error)):
             raise
-        print(f"rtt.py: {error.strerror}; what was written is whole: --resume goes on", file=sys.stderr)
+        print(f"rtt.py: {error}; what was written before is whole: --resume goes on", file=sys.stderr)
         sys.exit(2)
 
 
