@@ -463,6 +463,21 @@ def draw(logp, uniform):
     return token.squeeze(1).clamp(max=logp.shape[-1] - 1)
 
 
+def prefill(model, ids, mask, owner):
+    """Compute prompts, ids and mask [P, L], once for all rows that go on from them; owner [N]: each row's prompt.
+
+    Returns logits [N, V] of the next token, and the cache of N rows. Gradients flow through both.
+    Raises ValueError with gradient checkpointing: layers that run again in the backward pass can fill no cache.
+    """
+    cache = DynamicCache()
+    inputs = dict(attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True)
+    logits = model(ids, logits_to_keep=1, **inputs).logits[:, -1]  # [P, V]
+    if cache.get_seq_length() != ids.shape[1]:
+        raise ValueError("gradient checkpointing keeps the cache empty: group_size must be 1")
+    cache.batch_select_indices(owner)  # P -> N rows
+    return logits[owner], cache
+
+
 @torch.no_grad()
 def sample(
     model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None, static=None
@@ -471,61 +486,58 @@ def sample(
 
     prompts: P lists of token ids. end_ids: tokens that end a response (several are fine).
     seeds: one integer a prompt; a prompt's samples depend on its seed and on nothing else in the batch.
-    Each prompt is prefilled once and its cache copied to its group. Responses that have ended leave
-    the batch; where static, they stay, and every step has the same shapes: on CUDA, where that is the
-    default, it is recorded once as a graph, since launching its kernels one by one takes longer than they do.
+    Responses that have ended leave the batch. Where static they stay, so that every step has the same shapes:
+    on CUDA, where that is the default, a step is recorded as a graph: launching it op by op takes longer.
     """
     model.eval()  # no dropout; section 7 turns training mode on again
-    device, L, N = model.device, max(map(len, prompts)), len(prompts) * group_size
+    device, shape = model.device, (group_size, max_new_tokens)
     static = device.type == "cuda" and model._can_compile_fullgraph if static is None else static
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
-    shape, generators = (group_size, max_new_tokens), [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = torch.cat([torch.rand(shape, generator=g) for g in generators]).to(device)  # [N, T]
     ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
 
     prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # [P, L]
-    cache = DynamicCache()
-    inputs = dict(attention_mask=prompt_mask, position_ids=positions(prompt_mask), past_key_values=cache)
-    logits = model(prompt_ids, logits_to_keep=1, **inputs).logits[:, -1]  # [P, V]
-    logits = logits.repeat_interleave(group_size, 0)  # [N, V]
-    cache.batch_repeat_interleave(group_size)  # P -> N rows
-    cache = fixed_size(cache, L + max_new_tokens) if static else cache
-    lengths = prompt_mask.sum(1, keepdim=True).repeat_interleave(group_size, 0)  # [N, 1]
-    attention = F.pad(
-        prompt_mask.repeat_interleave(group_size, 0), (0, max_new_tokens), value=1
-    )  # [N, L + T]
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [N]
+    logits, cache = prefill(model, prompt_ids, prompt_mask, owner)  # [N, V]
+    lengths = prompt_mask.sum(1, keepdim=True)[owner]  # [N, 1]
+    attention = F.pad(prompt_mask[owner], (0, max_new_tokens), value=1)  # [N, L + T]
+    cache = fixed_size(cache, attention.shape[1]) if static else cache
+    alive = torch.arange(len(owner), device=device)  # rows in the batch
+    ids = torch.full_like(uniform, pad_id, dtype=torch.long)
+    logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
 
-    def step(token, place):
-        """token, place (its position in its row): [alive, 1] -> logits [alive, V] of the next."""
-        seen = attention if static else attention[:, : L + t + 1]  # static: causality hides the empty slots
+    def step(token, place):  # both [alive, 1] -> logits [alive, V]
+        seen = (
+            attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
+        )  # causality hides empty slots
         return model(token, attention_mask=seen, position_ids=place, past_key_values=cache).logits[:, -1]
 
-    ids = torch.full((N, max_new_tokens), pad_id, device=device)
-    logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
-    alive = torch.arange(N, device=device)  # rows that are in the batch
     for t in range(max_new_tokens):
         logp = (logits.float() / temperature).log_softmax(-1)  # [alive, V]
         token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
         ids[alive, t], logprobs[alive, t] = token[:, 0], logp.gather(1, token)[:, 0]
         entropy[alive, t] = -(logp.exp() * logp).sum(-1)
-        if t + 1 == max_new_tokens:
-            break
         if not static or t % 16 == 0:  # to look who has ended, the host must wait for the device
             going = (~torch.isin(ids[alive, : t + 1], ends).any(1)).nonzero()[:, 0]
-            if not len(going):
-                break
             if not static and len(going) < len(alive):
                 alive, token, lengths, attention = (x[going] for x in (alive, token, lengths, attention))
                 cache.batch_select_indices(going)
+        if not len(going) or t + 1 == max_new_tokens:
+            break
         if static and device.type == "cuda" and t == 1:  # the step before has warmed everything up
             step = recorded(step, token, lengths + t)
-        logits = step(token, lengths + t)  # [alive, V]
+        logits = step(token, lengths + t)
     ended = torch.isin(ids, ends).cumsum(1)  # [N, T] 1 from the end token on
-    mask = F.pad(ended[:, :-1], (1, 0)) == 0  # [N, T] the end token included
-    mask, used = mask.long(), slice(0, int(mask.sum(1).max()))
-    ids, logprobs, entropy = ids.masked_fill(mask == 0, pad_id), logprobs * mask, entropy * mask
-    rows = (x[:, used] for x in (ids, mask, logprobs, entropy))
-    return Rollout(prompt_ids, prompt_mask, *rows, truncated=ended[:, -1] == 0)
+    mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
+    used = slice(0, int(mask.sum(1).max()))
+    rows = (
+        ids.masked_fill(mask == 0, pad_id),
+        mask,
+        logprobs * mask,
+        entropy * mask,
+    )  # static: ended rows went on
+    return Rollout(prompt_ids, prompt_mask, *(x[:, used] for x in rows), truncated=ended[:, -1] == 0)
 
 
 class FixedLayer(StaticLayer):
@@ -602,34 +614,29 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 
     ids, attention_mask: [N, L + T], prompts left-padded to L, responses right-padded to T.
     group_size: G > 1 consecutive rows share their prompt. It is computed once for all of them and predicts
-    their first token; the responses, shifted by one, predict the rest from its cache, through which their
-    gradients flow back. Not with gradient checkpointing (ValueError): layers that run again in the backward
-    pass cannot write to a cache. Logits exist only at response tokens.
+    their first token; the responses, shifted by one, predict the rest from its cache (see `prefill`).
+    Logits exist only at response tokens.
     """
     T, L, G = num_response_tokens, ids.shape[1] - num_response_tokens, group_size
     place, mask, targets = positions(attention_mask), attention_mask[:, L:].bool(), ids[:, L:]
+    blank = torch.zeros(mask.shape, device=ids.device)  # [N, T]
     if G == 1:
         inputs = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, :-1], use_cache=False)
         with head_at(model, F.pad(mask, (L - 1, 0))):  # a token is predicted at the place before its own
             logits = model(ids[:, :-1], **inputs).logits  # [M, V]
-        chosen = chosen_logprobs(logits, targets[mask], temperature)
-        return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, chosen)  # [N, T]
-    cache = dict(past_key_values=DynamicCache(), use_cache=True)
-    prompt = dict(attention_mask=attention_mask[::G, :L], position_ids=place[::G, :L], **cache)
-    logits = model(ids[::G, :L], logits_to_keep=1, **prompt).logits[:, -1]  # [N/G, V]
-    if cache["past_key_values"].get_seq_length() != L:
-        raise ValueError("gradient checkpointing keeps the cache empty: group_size must be 1")
-    first = chosen_logprobs(logits.repeat_interleave(G, 0), targets[:, 0], temperature)[:, None]
-    first = first.masked_fill(~mask[:, :1], 0.0)  # [N, 1]
+        return blank.masked_scatter(mask, chosen_logprobs(logits, targets[mask], temperature))
+    owner = torch.arange(len(ids), device=ids.device) // G  # [N]
+    logits, cache = prefill(model, ids[::G, :L], attention_mask[::G, :L], owner)  # [N, V]
+    first = chosen_logprobs(logits, targets[:, 0], temperature).masked_fill(~mask[:, 0], 0.0)[
+        :, None
+    ]  # [N, 1]
     if T == 1:
         return first
-    cache["past_key_values"].batch_repeat_interleave(G)  # N / G -> N rows
-    shifted = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1], **cache)
+    inputs = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1], past_key_values=cache)
     with head_at(model, mask[:, 1:]):
-        logits = model(targets[:, :-1], **shifted).logits  # [M, V]
-    chosen = chosen_logprobs(logits, targets[:, 1:][mask[:, 1:]], temperature)  # [M]
-    rest = torch.zeros_like(first).expand(-1, T - 1).masked_scatter(mask[:, 1:], chosen)
-    return torch.cat([first, rest], 1)  # [N, T]
+        logits = model(targets[:, :-1], **inputs).logits  # [M, V]
+    rest = chosen_logprobs(logits, targets[:, 1:][mask[:, 1:]], temperature)  # [M]
+    return torch.cat([first, blank[:, 1:].masked_scatter(mask[:, 1:], rest)], 1)  # [N, T]
 
 
 # ==================================================================================================
@@ -671,7 +678,12 @@ def token_spans(tokenizer, responses):
             ends = [0, *itertools.accumulate(map(len, parts))]
             tokens.append(list(zip(ends, ends[1:])))
             continue
-        row, whole, base, done = [], 0, 0, 0  # the first `whole` tokens write just the first `base` characters
+        row, whole, base, done = (
+            [],
+            0,
+            0,
+            0,
+        )  # the first `whole` tokens write just the first `base` characters
         for t in range(1, len(ids) + 1):
             piece = decode(ids[whole:t])
             cut = piece.endswith("\ufffd")  # the last character is begun
@@ -723,17 +735,20 @@ def judge_yes(judge, questions, batch=16):
         part = order[start : start + batch]
         heads = [os.path.commonprefix([row[:-1] for row in rows[m]]) for m in part]
         tails = [row[len(head) :] for m, head in zip(part, heads) for row in rows[m]]
-        owner = torch.tensor([b for b, m in enumerate(part) for _ in rows[m]], device=device)
+        owner = torch.tensor([b for b, m in enumerate(part) for _ in rows[m]], device=device)  # [M]
         ids, mask = left_pad(heads, 0, device)
-        inputs = dict(past_key_values=DynamicCache(), logits_to_keep=1)
-        judge.model(ids, attention_mask=mask, position_ids=positions(mask), **inputs)
-        inputs["past_key_values"].batch_select_indices(owner)
-        ids, tail_mask = left_pad(tails, 0, device)
+        _, cache = prefill(judge.model, ids, mask, owner)
+        ids, tail_mask = (
+            x.flip(1) for x in left_pad([tail[::-1] for tail in tails], 0, device)
+        )  # right-padded
         mask = torch.cat([mask[owner], tail_mask], 1)
-        place = positions(mask)[:, -ids.shape[1] :]
-        logp = (
-            judge.model(ids, attention_mask=mask, position_ids=place, **inputs).logits[:, -1].float()
-        )  # [M, V]
+        inputs = dict(
+            attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :], past_key_values=cache
+        )
+        with head_at(
+            judge.model, F.one_hot(tail_mask.sum(1) - 1, ids.shape[1]).bool()
+        ):  # each tail's last token
+            logp = judge.model(ids, **inputs).logits.float()  # [M, V]
         sure = (logp[:, yes].logsumexp(1) - logp[:, no].logsumexp(1)).sigmoid()  # [M]
         for m, answer in zip(part, sure.cpu().split([len(rows[m]) for m in part])):
             answers[m] = answer
