@@ -84,14 +84,8 @@ import transformers
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    DynamicCache,
-)
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -464,10 +458,10 @@ def draw(logp, uniform):
 
 
 def prefill(model, ids, mask, owner):
-    """Compute prompts, ids and mask [P, L], once for all rows that go on from them; owner [N]: each row's prompt.
+    """Compute prompts, ids and mask [P, L], once for all rows that continue them; owner [N]: whose row it is.
 
     Returns logits [N, V] of the next token, and the cache of N rows. Gradients flow through both.
-    Raises ValueError with gradient checkpointing: layers that run again in the backward pass can fill no cache.
+    Raises ValueError with gradient checkpointing: layers that run twice cannot fill a cache.
     """
     cache = DynamicCache()
     inputs = dict(attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True)
@@ -809,24 +803,30 @@ class RelevanceDiscriminator:
         config = without_dropout(AutoConfig.from_pretrained(folder, num_labels=1))
         config.classifier_dropout = 0.0  # the head's; few configs name it, and 0.1 is what they then get
         transformers.logging.set_verbosity_error()  # the head is new, which it would report at length
-        model = AutoModelForTokenClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, **SAFE
-        )
+        weights = dict(config=config, dtype=torch.float32, **SAFE)
+        model = AutoModelForTokenClassification.from_pretrained(folder, **weights)
         transformers.logging.set_verbosity_warning()
         self.model, self.tokenizer, self.dtype = model.to(device), tokenizer, dtype
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate)
 
     def logits(self, criteria, ids, mask):
         """criteria: M texts; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
-        texts = [f"{criterion}\n" for criterion in criteria]
-        prompt_ids, prompt_mask = left_pad(
-            self.tokenizer(texts, add_special_tokens=False).input_ids, 0, ids.device
-        )
-        attention = torch.cat([prompt_mask, mask], 1)  # [M, C + T]
+        texts = self.tokenizer([f"{criterion}\n" for criterion in criteria], add_special_tokens=False)
+        criterion_ids, criterion_mask = left_pad(texts.input_ids, 0, ids.device)
+        attention = torch.cat([criterion_mask, mask], 1)  # [M, C + T]
         inputs = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
         with precision(ids.device, self.dtype):
-            logits = self.model(torch.cat([prompt_ids, ids], 1), **inputs).logits  # [M, C + T, 1]
+            logits = self.model(torch.cat([criterion_ids, ids], 1), **inputs).logits  # [M, C + T, 1]
         return logits[:, -ids.shape[1] :, 0].float()  # [M, T]
+
+    def batches(self, pairs, criteria, ids, mask, size):
+        """For pairs (response i, rubric k), `size` at a time: their i, their k, T, and logits [size, T]."""
+        lengths = mask.sum(1).tolist()
+        pairs = sorted(pairs, key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
+        for start in range(0, len(pairs), size):
+            i, k = map(list, zip(*pairs[start : start + size]))
+            T = lengths[i[-1]]
+            yield i, k, T, self.logits([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask[i, :T])
 
     @torch.no_grad()
     def predict(self, criteria, ids, mask, batch=64):
@@ -835,15 +835,9 @@ class RelevanceDiscriminator:
         0 at padding and for rubrics that a prompt does not have.
         """
         self.model.eval()
-        lengths = mask.sum(1).tolist()
-        pairs = all_pairs(criteria)
-        pairs.sort(key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
         relevance = torch.zeros(len(ids), max(map(len, criteria)), ids.shape[1], device=ids.device)
-        for start in range(0, len(pairs), batch):
-            i, k = map(list, zip(*pairs[start : start + batch]))
-            T = lengths[i[-1]]
-            texts = [criteria[a][b] for a, b in zip(i, k)]
-            relevance[i, k, :T] = self.logits(texts, ids[i, :T], mask[i, :T]).sigmoid() * mask[i, :T]
+        for i, k, T, logits in self.batches(all_pairs(criteria), criteria, ids, mask, batch):
+            relevance[i, k, :T] = logits.sigmoid() * mask[i, :T]
         return relevance
 
     def fit(self, criteria, ids, mask, evidence, pairs=48, batch=16):
@@ -856,13 +850,8 @@ class RelevanceDiscriminator:
         known = (evidence[:, :, 0] >= 0).tolist()
         every = [(i, k) for i, k in all_pairs(criteria) if known[i][k]]
         chosen = [every[j] for j in torch.randperm(len(every))[: -(-pairs // WORLD)].tolist()]
-        lengths = mask.sum(1).tolist()
-        chosen.sort(key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
-        total = sum(gather(sum(lengths[i] for i, _ in chosen))) or 1
-        for start in range(0, len(chosen), batch):
-            i, k = map(list, zip(*chosen[start : start + batch]))
-            T = lengths[i[-1]]
-            logits = self.logits([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask[i, :T])
+        total = sum(gather(int(mask[[i for i, _ in chosen]].sum()))) or 1  # response tokens
+        for i, k, T, logits in self.batches(chosen, criteria, ids, mask, batch):
             labels, weight = evidence[i, k, :T], mask[i, :T].float()
             loss = F.binary_cross_entropy_with_logits(logits, labels, weight=weight, reduction="sum")
             (loss / total).backward()
@@ -1231,18 +1220,15 @@ def loading(flag, name):
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise BadInput(f"{flag} {name}: not a model folder, it has no config.json")
     if not Path(name).is_dir() and not re.fullmatch(HUB_ID, name):
-        raise BadInput(
-            f"{flag} {name}: no such folder; a model folder or a model's name on the hub is needed"
-        )
+        raise BadInput(f"{flag} {name}: no such folder; a model folder or a name on the hub is needed")
     try:
         yield
     except BadInput:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BadInput(
-            f"{flag} {name}: cannot be loaded ({reason}); python rtt.py alone needs no download"
-        ) from None
+        reason = f"cannot be loaded ({reason}); python rtt.py alone needs no download"
+        raise BadInput(f"{flag} {name}: {reason}") from None
 
 
 def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
@@ -1269,14 +1255,6 @@ def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
     return Policy(model.to(args.device), tokenizer, sorted(ends))
 
 
-def load_discriminator(name, policy, args):
-    """A RelevanceDiscriminator from a model folder. Raises BadInput if its tokens are not the policy's."""
-    with loading("--discriminator", name):
-        if AutoTokenizer.from_pretrained(name).get_vocab() != policy.tokenizer.get_vocab():
-            raise BadInput(f"--discriminator {name}: must have the same tokenizer as --model {args.model}")
-        return RelevanceDiscriminator(name, policy.tokenizer, args.discriminator_lr, args.device, args.dtype)
-
-
 def roll_out(policy, tasks, group_size, seeds, args):
     """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
@@ -1290,14 +1268,9 @@ def criteria_of(tasks, verdicts):
 
     verdicts [N, K] -> for each of the N responses a list of texts.
     """
-    repeated = [task for task in tasks for _ in range(len(verdicts) // len(tasks))]  # P -> N
-    return [
-        [
-            f"{'yes' if verdict > 0 else 'no'}: {rubric.criterion}"
-            for rubric, verdict in zip(task.rubrics, row)
-        ]
-        for task, row in zip(repeated, verdicts.tolist())
-    ]
+    group_size, judged = len(verdicts) // len(tasks), lambda s: "yes" if s > 0 else "no"
+    rows = [(tasks[i // group_size].rubrics, row) for i, row in enumerate(verdicts.tolist())]
+    return [[f"{judged(s)}: {rubric.criterion}" for rubric, s in zip(*row)] for row in rows]
 
 
 def group_advantages(rewards, verdicts, relevance, mask, args):
@@ -1643,12 +1616,17 @@ def load_models(tasks, args):
         wrap, dtype = QUESTION.format("{}", "", "criterion " * 20), getattr(torch, args.dtype)
         judge = load_policy("--judge", args.judge or args.model, args, dtype, judged, wrap)
     if not args.eval_only and args.relevance == "discriminator" and args.alpha:
-        discriminator = load_discriminator(args.discriminator or args.model, policy, args)
+        name, tokenizer = args.discriminator or args.model, policy.tokenizer
+        with loading("--discriminator", name):
+            if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
+                raise BadInput(f"--discriminator {name}: must have the tokenizer of --model {args.model}")
+            settings = (args.discriminator_lr, args.device, args.dtype)
+            discriminator = RelevanceDiscriminator(name, tokenizer, *settings)
     if not args.eval_only and args.kl:
         reference = copy.deepcopy(policy.model).eval()
     if args.gradient_checkpointing:
-        for model in [policy.model] + [discriminator.model] * bool(discriminator):
-            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        for learner in filter(None, (policy, discriminator)):
+            learner.model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
     return Models(policy, optimizer, discriminator, judge, reference)
 
@@ -1692,14 +1670,15 @@ def run(args):
 
 
 def summary(out, after):
-    """How long a step took and how good the discriminator is, from metrics.jsonl and the last evaluation."""
+    """How good the discriminator is and how long a step took, from the last evaluation and metrics.jsonl."""
     rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
     average = lambda name: fmean(row[name] for row in rows)
     phases = ", ".join(f"{phase} {average('seconds_' + phase):.2f}" for phase in PHASES)
+    found = (
+        "\ndiscriminator on held-out prompts: token F1 {f1:.3f}, AUROC {auroc:.3f}\n" if "f1" in after else ""
+    )
     speed = f"{average('seconds'):.2f} ({phases}); {average('tokens_per_second'):.0f} response tokens/s"
-    scores = ("f1", "token F1"), ("auroc", "AUROC")
-    found = ", ".join(f"{name} {after[key]:.3f}" for key, name in scores if key in after)
-    return (f"\ndiscriminator on held-out prompts: {found}\n" if found else "") + f"seconds a step: {speed}"
+    return found.format(**after) + f"seconds a step: {speed}"
 
 
 def beside(name):
@@ -1751,14 +1730,10 @@ def parse_args(argv=None):
         raise BadInput(message)
 
     parser.error = error
-    some, any_number = (
-        number(int, 1, "a whole number of at least 1"),
-        number(int, 0, "a whole number of at least 0"),
-    )
-    positive, weight = (
-        number(float, sys.float_info.min, "a number above 0"),
-        number(float, 0, "a number of at least 0"),
-    )
+    some = number(int, 1, "a whole number of at least 1")
+    any_number = number(int, 0, "a whole number of at least 0")
+    positive = number(float, sys.float_info.min, "a number above 0")
+    weight = number(float, 0, "a number of at least 0")
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="NAME", default=beside("data/tiny"),
