@@ -41,19 +41,19 @@ policy; at 1, on policy), and the clip stops pushing once the ratio has left a s
 Run it:
 
     python rtt.py            the embedded default: minutes on a laptop's CPU, nothing is downloaded
-    python rtt.py --model Qwen/Qwen2.5-0.5B-Instruct --data FOLDER --max-new-tokens 512 \
-                  --lr 1e-6 --discriminator-lr 1e-5
+    python rtt.py --model Qwen2.5-0.5B    a model of the hub, on data/instructions: a GPU of 24 GB
     python rtt.py --help
 
 What is simplified, and where this differs from the papers:
-  - Rubrics are verified by rule, as in IFEval. RTT also has rubrics that only a model can judge.
+  - Rubrics are verified by rule where a rule can (IFEval's), else by a model that is asked for yes or no.
   - The discriminator learns online, from the verifiers' evidence on the policy's own rollouts, and
-    reads each criterion with its verdict. RTT trains it beforehand, on labelled data.
+    reads each criterion with its verdict. RTT trains it beforehand, on labelled data. A judge gives no
+    evidence: for criteria in words the discriminator relies on what it learned from the others.
   - `token_advantage` divides by std + 0.1, not by std (see there why). Its partition "verdict" is an
     addition: it is what TGC's cancellation condition asks of RTT's token channel.
   - IFEval's english_lowercase also asks a language detector, its keywords are regular expressions,
     its sentences are split by a trained model. Here: letters only, literal text, and a rule.
-  - One process, one device; Adam with a constant learning rate.
+  - Adam with a constant learning rate; several GPUs share the prompts (torchrun), none shares a model.
 """
 
 import argparse
@@ -638,7 +638,8 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 #
 # In: a rollout and its tasks.  Out: verdicts [N, K] in {+1, -1}, the evidence as a relevance [N, K, T], and
 # one reward a response.  Prompts have different numbers of rubrics: K is the largest in the batch, and a
-# verdict of 0 means "no such rubric"; every function that sums over rubrics leaves those out.
+# verdict of 0 means "no such rubric"; every function that sums over rubrics leaves those out.  What no rule
+# can verify, a model judges (RTT): asked whether the response meets the criterion, is "yes" its likelier answer?
 # ==================================================================================================
 
 
