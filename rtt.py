@@ -639,7 +639,7 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 # In: a rollout and its tasks.  Out: verdicts [N, K] in {+1, -1}, the evidence as a relevance [N, K, T], and
 # one reward a response.  Prompts have different numbers of rubrics: K is the largest in the batch, and a
 # verdict of 0 means "no such rubric"; every function that sums over rubrics leaves those out.  What no rule
-# can verify, a model judges (RTT): asked whether the response meets the criterion, is "yes" its likelier answer?
+# can verify, a model judges (RTT): is "yes" its likelier answer to whether the response meets the criterion?
 # ==================================================================================================
 
 
