@@ -422,9 +422,9 @@ def quotation(text):
     return False, ([] if opened else [(first, first + 1)]) + ([] if closed else end_of(text))
 
 
-# A word as NLTK's tokenizer, which IFEval uses, cuts it: 's, 't, 'll and the like are words of their own.
+# A word as IFEval's tokenizer (NLTK's) cuts it: IT'S and CANNOT are two words each, X-RAY is one.
 WORD = (
-    r"'?(?:[^\s\[\](){}<>\"“”„‘’«»`;@#$%&?!*‒–—―,:'.-]"
+    r"\bcan(?=not\b)|'?(?:[^\s\[\](){}<>\"“”„‘’«»`;@#$%&?!*‒–—―,:'.-]"
     r"|[,:](?=\d)|\.(?!\.)|-(?!-)|'(?!(?:[smdt]|ll|re|ve)\b))+"
 )
 

@@ -150,7 +150,7 @@ CASES = {
         (dict(num_paragraphs=2), "-One\n\nTwo"),
         (dict(num_paragraphs=2), "-One *** Two ⟦***⟧ Three ⟦***⟧ Four"),
         (dict(num_paragraphs=2), "-One *** ⟦***⟧ Two"),  # an empty paragraph
-        (dict(num_paragraphs=2), "-One\n***⟦***⟧\nTwo"),
+        (dict(num_paragraphs=3), "-One\n***⟦***⟧\nTwo"),
         (dict(num_paragraphs=1), "-***⟦⟧"),
     ],
     "length_constraints:nth_paragraph_first_word": [
@@ -226,6 +226,7 @@ CASES = {
     "change_case:capital_word_frequency": [
         (dict(capital_frequency=2, capital_relation="at least"), "+⟦X-RAY⟧ at (⟦NASA⟧), Pa3"),
         (dict(capital_frequency=2, capital_relation="at least"), "+⟦IT⟧⟦'S⟧"),  # two words to IFEval
+        (dict(capital_frequency=2, capital_relation="at least"), "+⟦CAN⟧⟦NOT⟧"),
         (dict(capital_frequency=2, capital_relation="at least"), "+⟦O'CLOCK⟧ ⟦12:30PM⟧"),
         (dict(capital_frequency=2, capital_relation="at least"), "+⟦U.S.⟧, **⟦A⟧**:don't"),
         (dict(capital_frequency=2, capital_relation="at least"), "+⟦WAIT⟧...so ⟦A⟧--b"),
