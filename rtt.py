@@ -51,8 +51,9 @@ What is simplified, and where this differs from the papers:
     evidence: for criteria in words the discriminator relies on what it learned from the others.
   - `token_advantage` divides by std + 0.1, not by std (see there why). Its partition "verdict" is an
     addition: it is what TGC's cancellation condition asks of RTT's token channel.
-  - IFEval's english_lowercase also asks a language detector, its keywords are regular expressions,
-    its sentences are split by a trained model. Here: letters only, literal text, and a rule.
+  - IFEval asks a language detector, reads keywords as regular expressions, and splits sentences and
+    words with NLTK. Here: the script of the letters (and the judge, where languages share it), literal
+    text, and two rules. A letter may be a sign such as #, where IFEval draws another letter by chance.
   - Adam with a constant learning rate; several GPUs share the prompts (torchrun), none shares a model.
 """
 
@@ -70,6 +71,7 @@ import resource
 import signal
 import sys
 import time
+import unicodedata
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +104,8 @@ class BadInput(ValueError):
 # In: a data file; later a response.  Out: tasks (a prompt with its rubrics); later, for each rubric,
 # a verdict and its *evidence*, the characters of the response that are responsible for the verdict.
 # The verdict becomes the reward (section 3).  The evidence is what the token discriminator learns to
-# find (section 4).  The data schema and the verdicts are IFEval's (arXiv:2311.07911), strict.
+# find (section 4).  The data schema and the verdicts are IFEval's (arXiv:2311.07911), strict; a
+# criterion in words, which no program here can check, is a rubric of the id JUDGED.
 #
 # Evidence is what the verdict rests on, the characters whose change would flip it: the comma, the
 # keyword that is there, the bullets that are counted.  A verdict that rests on no character (a
@@ -111,6 +114,7 @@ class BadInput(ValueError):
 # ==================================================================================================
 
 Span = tuple[int, int]  # [start, end) in characters of the response
+JUDGED = "judge"  # the id of a rubric that is a criterion in words
 
 
 class Verdict(NamedTuple):
@@ -120,9 +124,9 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Rubric:
-    id: str  # IFEval's instruction id, for example "keywords:existence"
+    id: str  # IFEval's instruction id, for example "keywords:existence", or JUDGED
     kwargs: dict  # its arguments, for example {"keywords": ["lamp"]}
-    criterion: str  # the rubric in words: what the discriminator reads
+    criterion: str  # the rubric in words: what the discriminator reads, and a judge
 
 
 @dataclass(frozen=True)
@@ -138,11 +142,6 @@ class Verifier(NamedTuple):
 
 
 VERIFIERS: dict[str, Verifier] = {}
-JUDGED = "judge"
-
-
-def needs_judge(rubric):
-    return rubric.id == JUDGED
 
 
 def verifier(rubric_id, criterion):
@@ -160,12 +159,22 @@ def verify(rubric, response, prompt=""):
     """Verdict and evidence of one rubric on one response, as IFEval's strict verifiers see it.
 
     Strict: an empty response satisfies nothing. `prompt` is for rubrics that refer to it; these do not.
+    Raises ValueError for a criterion in words.
     """
+    if rubric.id == JUDGED:
+        raise ValueError(f"no rule can verify {rubric.criterion!r}: it needs a judge")
     if not response.strip():
         return Verdict(False, end_of(response))
     entry = VERIFIERS[rubric.id]
     satisfied, evidence = entry.check(response, **{name: rubric.kwargs[name] for name in entry.kwargs})
     return Verdict(bool(satisfied), sorted(evidence))
+
+
+def needs_judge(rubric):
+    """Must a model judge it? A criterion in words, and a language whose script is not its own alone."""
+    scripts = [script for _, script in LANGUAGES.values()]
+    language = rubric.kwargs.get("language")
+    return rubric.id == JUDGED or language is not None and scripts.count(LANGUAGES[language][1]) > 1
 
 
 def end_of(text):
@@ -178,16 +187,25 @@ def spans(pattern, text, group=0, flags=re.IGNORECASE | re.MULTILINE):
     return [match.span(group) for match in re.finditer(pattern, text, flags)]
 
 
-def count_verdict(found, relation, bound, absence):
-    """The verdict on "at least / less than `bound` things", given the spans of the things found.
+def count_verdict(found, relation, bound, absence=()):
+    """The verdict on "at least / less than / exactly `bound` things", given the spans of the things found.
 
-    "At least" rests on all that were found; "less than" is violated by the surplus; and where there
-    are fewer than the bound, the verdict rests on there being no more of them: `absence`.
+    Enough rests on all that were found, too many on the surplus; and where there are fewer than the
+    bound, the verdict rests on there being no more of them: `absence`.
     """
-    enough = len(found) >= bound
-    if relation == "at least":
-        return enough, found if enough else absence
-    return not enough, found[bound - 1 :] if enough else absence
+    surplus = [] if relation == "at least" else found[bound - (relation == "less than") :]
+    if surplus:
+        return False, surplus
+    return (True, found) if len(found) >= bound else (relation == "less than", list(absence))
+
+
+def divided(text, divider, parts):
+    """The verdict on "exactly so many parts, none empty, with `divider` between them (and at the ends)"."""
+    marks, filled = spans(re.escape(divider), text), [bool(part.strip()) for part in text.split(divider)]
+    doubled = [mark for mark, before in zip(marks[1:], filled[1:]) if not before]
+    if doubled or not any(filled):
+        return False, doubled or end_of(text)
+    return count_verdict(marks[1 - filled[0] : len(marks) - 1 + filled[-1]], "exactly", parts - 1)
 
 
 @verifier("keywords:existence", "use the word {keywords}")
@@ -207,19 +225,60 @@ def keywords_forbidden_words(text, forbidden_words):
 @verifier("keywords:frequency", "use the word {keyword} {relation} {frequency} times")
 def keywords_frequency(text, keyword, frequency, relation):
     """The keyword occurs at least / less than `frequency` times."""
-    return count_verdict(spans(re.escape(keyword.strip()), text), relation, frequency, absence=[])
+    return count_verdict(spans(re.escape(keyword.strip()), text), relation, frequency)
 
 
-# A run of . ! ? before white space or the end; a single dot after an abbreviation or initial is none.
-NO_ABBREVIATION = r"(?<!\b(?:Mr|Ms|Dr|St|vs))(?<!\b(?:Mrs|etc))(?<!\b[A-Z])(?<!\b[a-z]\.[a-z])"
-SENTENCE_END = rf"(?<![.!?])(?:[.!?]{{2,}}|[!?]|{NO_ABBREVIATION}\.)(?=[\"'”’)\]*]*(?:\s|$))"
+@verifier("keywords:letter_frequency", "use the letter {letter} {let_relation} {let_frequency} times")
+def letter_frequency(text, letter, let_frequency, let_relation):
+    """The letter, in any case, or the sign occurs at least / less than `let_frequency` times."""
+    found = [(i, i + 1) for i, char in enumerate(text) if letter.lower() in char.lower()]
+    return count_verdict(found, let_relation, let_frequency)
+
+
+LANGUAGES = {  # IFEval's codes: the name in English, and how the Unicode names of the letters begin
+    "en": ("English", "LATIN"), "es": ("Spanish", "LATIN"), "pt": ("Portuguese", "LATIN"),
+    "fr": ("French", "LATIN"), "de": ("German", "LATIN"), "it": ("Italian", "LATIN"),
+    "pl": ("Polish", "LATIN"), "vi": ("Vietnamese", "LATIN"), "sw": ("Swahili", "LATIN"),
+    "fi": ("Finnish", "LATIN"), "zh-cn": ("Chinese", "CJK"), "ja": ("Japanese", "HIRAGANA KATAKANA CJK"),
+    "ru": ("Russian", "CYRILLIC"), "uk": ("Ukrainian", "CYRILLIC"), "bg": ("Bulgarian", "CYRILLIC"),
+    "ar": ("Arabic", "ARABIC"), "ur": ("Urdu", "ARABIC"), "fa": ("Persian", "ARABIC"),
+    "hi": ("Hindi", "DEVANAGARI"), "ne": ("Nepali", "DEVANAGARI"), "mr": ("Marathi", "DEVANAGARI"),
+    "bn": ("Bengali", "BENGALI"), "gu": ("Gujarati", "GUJARATI"), "pa": ("Punjabi", "GURMUKHI"),
+    "ta": ("Tamil", "TAMIL"), "te": ("Telugu", "TELUGU"), "kn": ("Kannada", "KANNADA"),
+    "ml": ("Malayalam", "MALAYALAM"), "th": ("Thai", "THAI"), "he": ("Hebrew", "HEBREW"),
+    "ko": ("Korean", "HANGUL"),
+}  # fmt: skip
+
+
+@verifier("language:response_language", "respond entirely in {language}")
+def response_language(text, language):
+    """Half the letters or more are in the language's script. (IFEval asks a language detector.)"""
+    scripts = tuple(LANGUAGES[language][1].split())
+    names = [(i, unicodedata.name(char, "")) for i, char in enumerate(text) if char.isalpha()]
+    own = [(i, i + 1) for i, name in names if name.startswith(scripts)]
+    foreign = [(i, i + 1) for i, name in names if not name.startswith(scripts)]
+    typical = any(name.startswith(scripts[0]) for _, name in names)  # Japanese has kana, Chinese none
+    satisfied = typical and len(foreign) <= len(own)
+    return satisfied, own if satisfied else foreign
+
+
+# Where a sentence ends, much as IFEval's trained splitter (NLTK's punkt) has it: at the last . ! ? or run of
+# them in a stretch without white space, before white space, a bracket or a quotation mark. No end: dots or an
+# abbreviation, unless a word that often begins sentences follows; an initial; 1. or A. before a small letter.
+ABBREVIATIONS = r"Mr|Mrs|Ms|Dr|St|vs|Prof|Gen|Sen|Rep|Lt|Col|Jan|Feb|Aug|Sep|Sept|Oct|Nov|Dec|Inc|Ltd|Co"
+ABBREVIATIONS += r"|Corp|Bros|Jr|Sr|U\.S|U\.K|a\.m|p\.m|Ph\.D|D\.C|J\.P"
+STARTERS = r"(?=[A-Z])(?i:the|this|these|there|they|it|I|he|her|so|but|if|in|when|while|however|some|many)\b"
+CLOSERS, TOKEN = r"\"')\]}‘’“”«»", r"(?<![\w.'’])"
+NO_END = rf"(?:\.\.|{TOKEN}(?i:{ABBREVIATIONS})\.)(?=\s)(?!\s+{STARTERS})"
+NO_END += rf"|{TOKEN}(?i:[c-hk-nprstvw])\.(?=\s)|(?:{TOKEN}[a-zA-Z]|(?<![a-zA-Z])\d)\.\s+[a-z]"
+SENTENCE_END = rf"(?<!\S)(?!\S*(?:{NO_END}))\S*(?<![.!?])([.!?]+)(?=[\s{CLOSERS}(\[{{:;@*]|$)"
 
 
 @verifier("length_constraints:number_sentences", "write {relation} {num_sentences} sentences")
 def number_sentences(text, num_sentences, relation):
     """At least / less than so many sentences; a last one without a full stop counts."""
-    found = spans(SENTENCE_END, text, flags=0)
-    if re.search(r"\w", text[found[-1][1] if found else 0 :]):
+    found = spans(SENTENCE_END, text, 1, flags=0)
+    if re.search(rf"[^\s{CLOSERS}]", text[found[-1][1] if found else 0 :]):
         found += end_of(text)
     return count_verdict(found, relation, num_sentences, absence=end_of(text))
 
@@ -231,11 +290,117 @@ def number_words(text, num_words, relation):
     return enough == (relation == "at least"), end_of(text)
 
 
-@verifier("punctuation:no_comma", "do not use commas")
-def no_comma(text):
-    """There is no comma."""
-    found = spans(",", text)
-    return not found, found
+@verifier("length_constraints:number_paragraphs", "write {num_paragraphs} paragraphs with *** in between")
+def number_paragraphs(text, num_paragraphs):
+    """Exactly so many paragraphs with *** between them."""
+    return divided(text, "***", num_paragraphs)
+
+
+@verifier(
+    "length_constraints:nth_paragraph_first_word",
+    "write {num_paragraphs} paragraphs; paragraph {nth_paragraph} begins with the word {first_word}",
+)
+def nth_paragraph_first_word(text, num_paragraphs, nth_paragraph, first_word):
+    """Exactly so many paragraphs, an empty line between them; the nth begins with the word, in any case."""
+    ends, starts = zip(*spans("\n\n", text), (len(text), 0))
+    paragraphs = list(zip((0,) + starts[:-1], ends))
+    filled = [start for start, end in paragraphs if text[start:end].strip()]
+    counted = count_verdict([(start - 2, start) for start in filled[1:]], "exactly", num_paragraphs - 1)
+    if nth_paragraph > len(filled):
+        return counted
+    word = re.compile(r"\s*'*\"*([^\s.,?!'\"]+|\S?)").match(text, *paragraphs[nth_paragraph - 1])
+    verdicts = [counted, (word[1].lower() == first_word.lower(), [word.span(1)])]
+    satisfied = all(fine for fine, _ in verdicts)
+    return satisfied, [(a, b) for fine, found in verdicts if fine == satisfied for a, b in found if a < b]
+
+
+@verifier("detectable_content:number_placeholders", "use at least {num_placeholders} [placeholders]")
+def number_placeholders(text, num_placeholders):
+    """At least so many times something stands [in brackets], on one line."""
+    found = spans(r"\[[^\]\n]*\]?", text)  # with those that stay open, for speed
+    return count_verdict([(a, b) for a, b in found if text[b - 1] == "]"], "at least", num_placeholders)
+
+
+@verifier("detectable_content:postscript", "add a postscript that starts with {postscript_marker}")
+def postscript(text, postscript_marker):
+    """The postscript's marker occurs, in any case."""
+    marker = postscript_marker.strip()
+    pattern = {"P.S.": r"[Pp]\.\s?[Ss]\.", "P.P.S": r"[Pp]\.\s?[Pp]\.\s?[Ss]"}.get(marker)
+    found = spans(pattern, text, flags=0) if pattern else spans(re.escape(marker), text)
+    return bool(found), found
+
+
+@verifier("detectable_format:constrained_response", "say My answer is yes. or the same with no or maybe")
+def constrained_response(text):
+    """One of the three sentences occurs."""
+    found = spans(r"My answer is (?:yes|no|maybe)\.", text, flags=0)
+    return bool(found), found
+
+
+@verifier("detectable_format:number_bullet_lists", "write exactly {num_bullets} bullet points")
+def number_bullet_lists(text, num_bullets):
+    """Exactly so many lines begin with * or -; the evidence is those marks, or the surplus ones."""
+    found = sorted(spans(r"^[^\S\n]*(\*)[^*].*$", text, 1) + spans(r"^[^\S\n]*(-).*$", text, 1))
+    return count_verdict(found, "exactly", num_bullets)
+
+
+@verifier("detectable_format:number_highlighted_sections", "*highlight* at least {num_highlights} sections")
+def number_highlighted_sections(text, num_highlights):
+    """At least so many parts of lines stand between * and * or ** and **; the evidence is those marks."""
+    found = [(n, *span) for n in (1, 2) for span in spans(rf"\*{{{n}}}[^\n*]*\*{{{n}}}", text)]
+    marks = [mark for n, a, b in found if text[a + n : b - n].strip() for mark in ((a, a + n), (b - n, b))]
+    return count_verdict(marks, "at least", 2 * num_highlights)
+
+
+@verifier("detectable_format:multiple_sections", "write {num_sections} sections marked {section_spliter} X")
+def multiple_sections(text, section_spliter, num_sections):
+    """At least so many times the word and a number occur."""
+    found = spans(re.escape(section_spliter.strip()) + r"\s?\d+", text, flags=0)
+    return count_verdict(found, "at least", num_sections)
+
+
+@verifier("detectable_format:json_format", "write all of it as JSON")
+def json_format(text):
+    """All is JSON, a markdown fence around it aside. The evidence: its two ends, or where it goes wrong."""
+    body = re.sub(r"^```(json|Json|JSON)?|```$", "", text.strip()).strip()
+    start, end = text.rindex(body), text.rindex(body) + len(body)
+    try:
+        json.loads(body)
+        return True, {(start, start + 1), (end - 1, end)}
+    except (ValueError, RecursionError) as error:
+        place = start + getattr(error, "pos", 0)
+        return False, [(place, place + 1)] if place < end else end_of(text)
+
+
+@verifier("detectable_format:title", "give it a title in double angular brackets")
+def title(text):
+    """There is a title such as <<The Lamp>>: on one line, from its first << to its last >>, not empty."""
+    found = []
+    for line in re.finditer(r"[^\n]+", text):
+        first, last = line[0].find("<<"), line[0].rfind(">>")
+        if 0 <= first <= last - 3 and line[0][first : last + 2].lstrip("<").rstrip(">").strip():
+            found.append((line.start() + first, line.start() + last + 2))
+    return bool(found), found
+
+
+@verifier("combination:two_responses", "give two different responses, with ****** in between")
+def two_responses(text):
+    """Two responses with ****** between them, that are not the same."""
+    parts = [part.strip() for part in text.split("******") if part.strip()]
+    if len(parts) == 2 and parts[0] == parts[1]:
+        return False, [(text.rindex(parts[1]), len(text.rstrip()))]
+    return divided(text, "******", 2)
+
+
+@verifier("combination:repeat_prompt", "first repeat word for word: {prompt_to_repeat}")
+def repeat_prompt(text, prompt_to_repeat):
+    """The response begins with the prompt, in any case. Evidence: that, or the first change."""
+    wanted, said = prompt_to_repeat.strip().lower(), text.strip().lower()
+    start, same = len(text) - len(text.lstrip()), len(os.path.commonprefix([wanted, said]))
+    if same == len(wanted):
+        return True, [(start, min(start + same, len(text)))]
+    place = min(start + same, len(text) - 1)
+    return False, end_of(text) if same == len(said) else [(place, place + 1)]
 
 
 @verifier("startend:end_checker", "end with the words {end_phrase}")
@@ -258,39 +423,37 @@ def quotation(text):
     return False, ([] if opened else [(first, first + 1)]) + ([] if closed else end_of(text))
 
 
+# A word as IFEval's tokenizer (NLTK's) cuts it: IT'S and CANNOT are two words each, X-RAY is one.
+WORD = (
+    r"\bcan(?=not\b)|'?(?:[^\s\[\](){}<>\"“”„‘’«»`;@#$%&?!*‒–—―,:'.-]"
+    r"|[,:](?=\d)|\.(?!\.)|-(?!-)|'(?!(?:[smdt]|ll|re|ve)\b))+"
+)
+
+
+@verifier("change_case:capital_word_frequency", "capitalize {capital_relation} {capital_frequency} words")
+def capital_word_frequency(text, capital_frequency, capital_relation):
+    """At least / less than so many words have letters, and only capital ones."""
+    found = [(a, b) for a, b in spans(WORD, text) if text[a:b].isupper()]
+    return count_verdict(found, capital_relation, capital_frequency)
+
+
+@verifier("change_case:english_capital", "write in capital letters only")
+def english_capital(text):
+    """There are letters, and only capital ones."""
+    return text.isupper(), [(i, i + 1) for i, c in enumerate(text) if c != c.upper() or c.islower()]
+
+
 @verifier("change_case:english_lowercase", "write in lowercase letters only")
 def english_lowercase(text):
     """There are letters, and no capital among them."""
     return text.islower(), [(i, i + 1) for i, char in enumerate(text) if char.isupper() or char.istitle()]
 
 
-@verifier("detectable_content:postscript", "add a postscript that starts with {postscript_marker}")
-def postscript(text, postscript_marker):
-    """The postscript's marker occurs, in any case."""
-    marker = postscript_marker.strip()
-    pattern = {"P.S.": r"[Pp]\.\s?[Ss]\.", "P.P.S": r"[Pp]\.\s?[Pp]\.\s?[Ss]"}.get(marker)
-    found = spans(pattern, text, flags=0) if pattern else spans(re.escape(marker), text)
-    return bool(found), found
-
-
-@verifier("detectable_format:title", "give it a title in double angular brackets")
-def title(text):
-    """There is a title such as <<The Lamp>>: on one line, from its first << to its last >>, not empty."""
-    found = []
-    for line in re.finditer(r"[^\n]+", text):
-        first, last = line[0].find("<<"), line[0].rfind(">>")
-        if 0 <= first <= last - 3 and line[0][first : last + 2].lstrip("<").rstrip(">").strip():
-            found.append((line.start() + first, line.start() + last + 2))
-    return bool(found), found
-
-
-@verifier("detectable_format:number_bullet_lists", "write exactly {num_bullets} bullet points")
-def number_bullet_lists(text, num_bullets):
-    """Exactly so many lines begin with * or -; the evidence is those marks, or the surplus ones."""
-    found = sorted(spans(r"^[^\S\n]*(\*)[^*].*$", text, 1) + spans(r"^[^\S\n]*(-).*$", text, 1))
-    if len(found) < num_bullets:
-        return False, []
-    return len(found) == num_bullets, found[num_bullets:] or found
+@verifier("punctuation:no_comma", "do not use commas")
+def no_comma(text):
+    """There is no comma."""
+    found = spans(",", text)
+    return not found, found
 
 
 def is_text(value):
@@ -300,12 +463,19 @@ def is_text(value):
 
 WORDS = "a list of words", lambda value: isinstance(value, list) and bool(value) and all(map(is_text, value))
 TEXT = "a text that is not empty", is_text
-COUNT = "a whole number of at least 1", lambda value: type(value) is int and value >= 1
+SIGN = "a single letter or sign", lambda value: is_text(value) and len(value) == 1
+FIRST_WORD = "a single word", lambda value: is_text(value) and not re.search(r"[\s.,?!'\"]", value)
+COUNT = "a whole number of at least 1", lambda n: type(n) in (int, float) and n >= 1 and n % 1 == 0
 RELATION = '"at least" or "less than"', lambda value: value in ("at least", "less than")
+LANGUAGE = f"one of {', '.join(LANGUAGES)}", lambda value: is_text(value) and value in LANGUAGES
 # What each argument may be. IFEval uses a name for the same thing in all its instructions.
 KWARG_RULES = dict(
     keywords=WORDS, forbidden_words=WORDS, keyword=TEXT, end_phrase=TEXT, postscript_marker=TEXT,
-    frequency=COUNT, num_sentences=COUNT, num_words=COUNT, num_bullets=COUNT, relation=RELATION,
+    section_spliter=TEXT, prompt_to_repeat=TEXT, letter=SIGN, first_word=FIRST_WORD, language=LANGUAGE,
+    frequency=COUNT, let_frequency=COUNT, capital_frequency=COUNT, num_sentences=COUNT, num_words=COUNT,
+    num_paragraphs=COUNT, nth_paragraph=COUNT, num_placeholders=COUNT, num_bullets=COUNT,
+    num_highlights=COUNT, num_sections=COUNT, relation=RELATION, let_relation=RELATION,
+    capital_relation=RELATION,
 )  # fmt: skip
 
 
@@ -325,8 +495,13 @@ def make_rubric(rubric_id, kwargs):
             raise BadInput(f"{rubric_id}: kwargs lack {name!r}, {allowed}")
         if not rule(given[name]):
             raise BadInput(f"{rubric_id}: {name!r} must be {allowed}, not {json.dumps(given[name])}")
-    kept = {name: given[name] for name in entry.kwargs}
+    kept = {k: int(given[k]) if type(given[k]) is float else given[k] for k in entry.kwargs}  # 3.0 is 3
+    if kept.get("nth_paragraph", 0) > kept.get("num_paragraphs", 0):
+        raise BadInput(f"{rubric_id}: 'nth_paragraph' must be at most 'num_paragraphs'")
+    if rubric_id.startswith("length") and "less than" in kept.values() and 1 in kept.values():
+        raise BadInput(f"{rubric_id}: no response has less than 1; an empty one satisfies nothing")
     words = {k: ", ".join(v) if isinstance(v, list) else v for k, v in kept.items()}
+    words |= {"language": LANGUAGES[kept["language"]][0]} if "language" in kept else {}
     return Rubric(rubric_id, kept, entry.criterion.format(**words))
 
 
@@ -335,19 +510,27 @@ def make_task(row):
     if not isinstance(row, dict):
         raise BadInput("must be a JSON object")
     json.dumps(row, ensure_ascii=False).encode()  # a ValueError for half a surrogate pair
-    for name, kind in (("prompt", str), ("instruction_id_list", list), ("kwargs", list)):
-        if not isinstance(row.get(name), kind) or not row[name]:
-            raise BadInput(f"{name!r} must be a {kind.__name__} that is not empty")
-    ids, kwargs = row["instruction_id_list"], row["kwargs"]
+    given = {name: value for name, value in row.items() if value is not None}
+    row = dict(instruction_id_list=[], kwargs=[], rubrics=[]) | given
+    for name, kind in (("prompt", str), ("instruction_id_list", list), ("kwargs", list), ("rubrics", list)):
+        if not isinstance(row.get(name), kind):
+            raise BadInput(f"{name!r} must be a {kind.__name__}")
+    ids, kwargs, criteria = row["instruction_id_list"], row["kwargs"], row["rubrics"]
+    if not row["prompt"] or not all(map(is_text, criteria)):
+        raise BadInput("'prompt' and each of 'rubrics' must be a text that is not empty")
     if len(ids) != len(kwargs):
         raise BadInput(f"{len(ids)} instruction ids but {len(kwargs)} kwargs; must be one for one")
-    return Task(row["prompt"], [make_rubric(i, k) for i, k in zip(ids, kwargs)])
+    if not ids and not criteria:
+        raise BadInput("no rubric; 'instruction_id_list' or 'rubrics' must hold at least one")
+    judged = [Rubric(JUDGED, {}, criterion) for criterion in criteria]
+    return Task(row["prompt"], [make_rubric(i, k) for i, k in zip(ids, kwargs)] + judged)
 
 
 def load_tasks(path_or_hub_id, split="train"):
     """The tasks of a .jsonl file, of `split`.jsonl in a folder, or of a data set of that name on the hub.
 
-    One JSON object a line, with IFEval's fields `prompt`, `instruction_id_list` and `kwargs`.
+    One JSON object a line, with IFEval's fields `prompt`, `instruction_id_list` and `kwargs`, and with
+    `rubrics`, a list of criteria in words for a judge; either of the two kinds of rubric may be absent.
     Raises BadInput, naming file and line, for the first row that is wrong, and for an empty set.
     """
     path = Path(path_or_hub_id)
