@@ -16,7 +16,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import rtt
 
@@ -36,7 +48,33 @@ def absolute_model():
     """A GPT-2: its positions are absolute, so a wrong position id shows (Qwen2's are relative)."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=23, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    return GPT2LMHeadModel(GPT2Config(initializer_range=0.3, **sizes)).eval()
+    return GPT2LMHeadModel(rtt.without_dropout(GPT2Config(initializer_range=0.3, **sizes))).eval()
+
+
+SIZES = dict(vocab_size=23, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+SIZES |= dict(num_key_value_heads=2, initializer_range=0.3)
+WINDOW = dict(head_dim=8, sliding_window=6, tie_word_embeddings=False)
+
+
+def llama_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES)).eval()
+
+
+def gemma2_model():
+    """Some layers see the last 6 tokens only."""
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=2, **WINDOW, **SIZES)).eval()
+
+
+def gemma3_model():
+    torch.manual_seed(0)
+    windows = dict(WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
+    config = Gemma3TextConfig(num_hidden_layers=4, **windows, **SIZES)
+    return Gemma3ForCausalLM(config).eval()
+
+
+MODELS = [tiny_model, absolute_model, llama_model, gemma2_model, gemma3_model]
 
 
 @pytest.fixture(scope="session")
@@ -323,9 +361,9 @@ def test_braces_in_a_kwarg_are_text():
 PROMPTS = [[5, 6], [7, 8, 9, 10, 11, 12, 13], [14]]
 
 
-def roll(model, prompts=PROMPTS, G=4, T=12, temperature=1.0, ends=(END, OTHER_END), pad=0, seeds=None):
+def roll(model, prompts=PROMPTS, G=4, T=12, temperature=1.0, ends=(END, OTHER_END), pad=0, seeds=None, **how):
     seeds = range(len(prompts)) if seeds is None else seeds
-    return rtt.sample(model, prompts, G, T, temperature, ends, pad, list(seeds))
+    return rtt.sample(model, prompts, G, T, temperature, ends, pad, list(seeds), **how)
 
 
 def naive_logprobs(model, prompt, ids, temperature=1.0):
@@ -340,9 +378,6 @@ def rows_of(rollout, prompts=PROMPTS):
     G = len(rollout.ids) // len(prompts)
     lengths = rollout.mask.sum(1).tolist()
     return [(prompts[i // G], ids[:n]) for i, (ids, n) in enumerate(zip(rollout.ids.tolist(), lengths))]
-
-
-MODELS = [tiny_model, absolute_model]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
@@ -422,6 +457,80 @@ def test_dropout_of_the_config_is_off_in_sampling_and_in_training(folder):
     ids, attention, T = rtt.trim(rollout, torch.arange(4), 4)
     policy.model.train()
     assert close(rtt.token_logprobs(policy.model, ids, attention, T, group_size=4), rollout.logprobs, 1e-4)
+
+
+@pytest.mark.parametrize("ends, pad", [((END, OTHER_END), 0), ((END,), END), (range(3, 14), 3), ((), 0)])
+@pytest.mark.parametrize("make_model", MODELS)
+def test_a_static_cache_gives_the_same_rollout_as_a_growing_one(make_model, ends, pad):
+    model, seen = make_model(), []
+    grown = roll(model, G=3, T=40, ends=ends, pad=pad, static=False)
+    model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    fixed = roll(model, G=3, T=40, ends=ends, pad=pad, static=True)
+    for name in ("ids", "mask", "truncated", "prompt_ids", "prompt_mask"):
+        assert torch.equal(getattr(fixed, name), getattr(grown, name)), name
+    assert close(fixed.logprobs, grown.logprobs, 1e-4) and close(fixed.entropy, grown.entropy, 1e-4)
+    longest = int(grown.mask.sum(1).max())
+    steps = min(39, -(-longest // 16) * 16)  # it looks only every 16 steps who has ended
+    assert seen == [(3, 7)] + [(9, 1)] * steps
+    assert (longest < 16) == (len(ends) > 2) and bool(fixed.truncated.all()) == (not ends)
+
+
+@pytest.mark.parametrize("make_model", MODELS)
+def test_a_static_cache_holds_keys_and_values_that_autocast_computes_in_two_types(make_model):
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = roll(model, static=True)
+    ids, attention, T = rtt.trim(rollout, torch.arange(12), 4)
+    with torch.no_grad():
+        exact = rtt.token_logprobs(model, ids, attention, T)
+    assert rollout.logprobs.dtype == torch.float32
+    assert (rollout.logprobs - exact).abs().mean() < 0.1 and rollout.logprobs.abs().max() > 1
+
+
+@pytest.mark.parametrize("make_model", MODELS)
+def test_both_ways_of_scoring_have_the_gradient_of_plain_forward_passes(make_model):
+    model = make_model()
+    rollout = roll(model, T=9, temperature=1.3)
+    push = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for i, (prompt, response) in enumerate(rows_of(rollout)):
+        total = total + (naive_logprobs(model, prompt, response, 1.3)[0] * push[i, : len(response)]).sum()
+    expected = flat_grad(total, model)
+    ids, attention, T = rtt.trim(rollout, torch.arange(12), 4)
+    for group_size in (1, 4):
+        logprobs = rtt.token_logprobs(model, ids, attention, T, 1.3, group_size)
+        assert close(flat_grad((logprobs * push).sum(), model) / expected.norm(), expected / expected.norm())
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    model.train()
+    again = rtt.token_logprobs(model, ids, attention, T, 1.3)
+    assert close(flat_grad((again * push).sum(), model) / expected.norm(), expected / expected.norm())
+    with pytest.raises(ValueError, match="group_size must be 1"):
+        rtt.token_logprobs(model, ids, attention, T, 1.3, 4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chosen_logprobs_is_log_softmax_at_the_target(dtype, chunk):
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(7, 11, generator=generator)).to(dtype).requires_grad_()
+    targets, push = torch.randint(11, (7,), generator=generator), torch.randn(7, generator=generator)
+    chosen = rtt.chosen_logprobs(logits, targets, 0.7, chunk)
+    plain = (logits.float() / 0.7).log_softmax(1)[range(7), targets]
+    assert chosen.dtype == torch.float32 and close(chosen, plain)
+    [gradient] = torch.autograd.grad((chosen * push).sum(), logits)
+    [expected] = torch.autograd.grad((plain * push).sum(), logits)
+    assert close(gradient, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_chosen_logprobs_keeps_no_float_copy_of_the_logits_for_the_backward_pass():
+    logits, kept = torch.randn(7, 11, dtype=torch.bfloat16, requires_grad=True), []
+    keep = lambda x: kept.append((x.dtype, x.numel())) or x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        rtt.chosen_logprobs(logits, torch.arange(7), chunk=3).sum()
+    assert not any(dtype == torch.float32 and size >= 3 * 11 for dtype, size in kept)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits.float().log_softmax(1)
+    assert (torch.float32, 7 * 11) in kept  # what is looked for can be seen
 
 
 def test_sampling_needs_no_gradient_and_leaves_training_mode():
