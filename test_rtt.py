@@ -5,9 +5,12 @@ G responses a prompt, N = prompts * G, K rubrics, T response tokens; symbols as 
 Models are made here, tiny and with random weights; the tokenizer is that of data/tiny.
 """
 
+import itertools
 import json
 import math
+import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -26,6 +30,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -44,33 +49,34 @@ def tiny_model(seed=0, vocab_size=23, **options):
     return Qwen2ForCausalLM(Qwen2Config(**sizes, **options)).eval()
 
 
-def absolute_model():
+def absolute_model(vocab_size=23):
     """A GPT-2: its positions are absolute, so a wrong position id shows (Qwen2's are relative)."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=23, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    sizes = dict(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512)
     return GPT2LMHeadModel(rtt.without_dropout(GPT2Config(initializer_range=0.3, **sizes))).eval()
 
 
-SIZES = dict(vocab_size=23, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+SIZES = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
 SIZES |= dict(num_key_value_heads=2, initializer_range=0.3)
 WINDOW = dict(head_dim=8, sliding_window=6, tie_word_embeddings=False)
 
 
-def llama_model():
+def llama_model(vocab_size=23):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES)).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_hidden_layers=2, **SIZES)).eval()
 
 
-def gemma2_model():
+def gemma2_model(vocab_size=23):
     """Some layers see the last 6 tokens only."""
     torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=2, **WINDOW, **SIZES)).eval()
+    config = Gemma2Config(vocab_size=vocab_size, num_hidden_layers=2, **WINDOW, **SIZES)
+    return Gemma2ForCausalLM(config).eval()
 
 
-def gemma3_model():
+def gemma3_model(vocab_size=23):
     torch.manual_seed(0)
     windows = dict(WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
-    config = Gemma3TextConfig(num_hidden_layers=4, **windows, **SIZES)
+    config = Gemma3TextConfig(vocab_size=vocab_size, num_hidden_layers=4, **windows, **SIZES)
     return Gemma3ForCausalLM(config).eval()
 
 
@@ -594,6 +600,71 @@ def test_token_spans_are_the_characters_whose_bytes_a_token_holds(tokenizer, tex
         assert rtt.token_spans(tokenizer, [ids]) == ([shown], [expected])
 
 
+def sentencepiece():
+    """A tokenizer as LLaMA's: a space is ▁, before every text comes one, unknown characters are bytes."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁alampndky.,é"]
+    pieces += ["la", "mp", "▁a", "▁la", "lamp", "▁lamp", "an"]
+    merges = [("l", "a"), ("m", "p"), ("▁", "a"), ("▁", "la"), ("la", "mp"), ("▁la", "mp"), ("a", "n")]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    bpe = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(bpe)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def random_text(rng, size=12):
+    return "".join(rng.choices(["lamp", " and", " ", "a", "灯", "😀", "é", ",", " 😀", "👩‍🚀", "\n"], k=size))
+
+
+def spans_by_bytes(texts_of_tokens, text):
+    """For each token (given as its bytes) the characters of the text that it has a byte of."""
+    owner = [c for c, char in enumerate(text) for _ in char.encode()]
+    ends = [0, *itertools.accumulate(map(len, texts_of_tokens))]
+    assert ends[-1] == len(owner)
+    return [(owner[a], owner[b - 1] + 1) for a, b in zip(ends, ends[1:])]
+
+
+def test_token_spans_of_random_texts_in_both_kinds_of_tokenizer(tokenizer):
+    rng, llama, unknown = random.Random(0), sentencepiece(), re.compile("<0x(..)>")
+    for _ in range(60):
+        text = random_text(rng)
+        ids = byte_tokens(tokenizer, text, rng)
+        pieces = [b" " * len(piece) for piece in tokenizer.convert_ids_to_tokens(ids)]  # a letter is a byte
+        assert rtt.token_spans(tokenizer, [ids]) == ([text], [spans_by_bytes(pieces, text)])
+        ids = llama("," + text).input_ids[2:]  # a response begins in the middle of a text: no ▁ is put before
+        names = llama.convert_ids_to_tokens(ids)
+        found = [unknown.match(name) for name in names]
+        pieces = [bytes.fromhex(x[1]) if x else n.replace("▁", " ").encode() for n, x in zip(names, found)]
+        assert b"".join(pieces).decode() == text and any(found)
+        assert rtt.token_spans(llama, [ids]) == ([text], [spans_by_bytes(pieces, text)])
+
+
+@pytest.mark.parametrize("make", ["bytes", "sentencepiece"])
+def test_token_spans_of_a_response_cut_in_a_character_lie_in_its_text(tokenizer, make):
+    rng, coder = random.Random(0), tokenizer if make == "bytes" else sentencepiece()
+    for _ in range(60):
+        text = random_text(rng) + "灯"
+        ids = coder("," + text, add_special_tokens=False).input_ids
+        cut = ids[: rng.randint(1, len(ids) - 1)]
+        [shown], [spans] = rtt.token_spans(coder, [cut])
+        [text], [whole] = rtt.token_spans(coder, [ids])
+        assert len(spans) == len(cut) and all(0 <= start <= end <= len(shown) for start, end in spans)
+        sound = len(os.path.commonprefix([shown, text]))  # what comes before the cut is as it was
+        before = lambda spans: [(start, end) for start, end in spans[: len(cut)] if end <= sound]
+        assert before(spans) == before(whole) and not shown[sound:].strip("\ufffd")
+
+
+def test_token_spans_take_no_longer_than_the_responses_are_long(tokenizer):
+    rng = random.Random(0)
+    plain = [[rng.randrange(5, len(tokenizer)) for _ in range(512)] for _ in range(32)]  # any garbage
+    split = [byte_tokens(tokenizer, random_text(rng, 400), rng)[:512] for _ in range(32)]
+    start = time.process_time()
+    texts, spans = rtt.token_spans(tokenizer, plain + split)
+    assert time.process_time() - start < 1 and all(len(row) == 512 for row in spans)
+
+
 def test_evidence_reaches_every_token_of_a_split_character_and_no_other(tokenizer):
     ids = byte_tokens(tokenizer, "灯a", random.Random(1))
     [text], [tokens] = rtt.token_spans(tokenizer, [ids])
@@ -602,15 +673,16 @@ def test_evidence_reaches_every_token_of_a_split_character_and_no_other(tokenize
     assert rtt.evidence_to_tokens([], tokens) == [0.0] * len(ids)
 
 
-def graded(tokenizer, responses, rubric_lists, ended):
+def graded(tokenizer, responses, rubric_lists, ended, judge=None):
     """`grade` on responses given as token ids; the end token is added where ended."""
     responses = [ids + [tokenizer.eos_token_id] * end for ids, end in zip(responses, ended)]
     T = max(map(len, responses))
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (T - len(row)) for row in responses])
     mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in responses])
     rollout = rtt.Rollout(None, None, ids, mask, None, None, ~torch.tensor(ended))
-    tasks = [rtt.Task("p", [rtt.make_rubric(i, kw) for i, kw in rubrics]) for rubrics in rubric_lists]
-    return rtt.grade(tokenizer, rollout, tasks)
+    make = lambda i, kw: rtt.Rubric(i, {}, kw) if i == rtt.JUDGED else rtt.make_rubric(i, kw)
+    tasks = [rtt.Task("p", [make(*rubric) for rubric in rubrics]) for rubrics in rubric_lists]
+    return rtt.grade(tokenizer, rollout, tasks, judge)
 
 
 def test_grade_marks_the_tokens_of_the_evidence_without_encoding_again(tokenizer):
@@ -633,6 +705,66 @@ def test_a_truncated_response_has_no_end_token_to_blame(tokenizer, cut):
     rubrics = [("length_constraints:number_words", dict(num_words=9, **AT_LEAST))]
     _, _, evidence = graded(tokenizer, [tokenizer("One").input_ids + tail], [rubrics], [False])
     assert not evidence.any()
+
+
+ANSWERS = ("yes", "Yes"), ("no", "No")
+
+
+def slow_yes(judge, prompt, response, criterion):
+    """One question, one forward pass over all of it, the softmax over the vocabulary."""
+    ids = rtt.encode_prompt(judge.tokenizer, rtt.QUESTION.format(prompt, response, criterion))
+    p = judge.model(torch.tensor([ids])).logits[0, -1].softmax(0)
+    first = lambda word: judge.tokenizer(word, add_special_tokens=False).input_ids[0]
+    yes, no = ({first(before + word) for word in words for before in ("", " ")} for words in ANSWERS)
+    yes, no = float(p[list(yes - no)].sum()), float(p[list(no - yes)].sum())
+    return yes / (yes + no)
+
+
+QUESTIONS = [
+    ("Tell.", "A lamp.", ["is kind"]),
+    ("Tell a story of a fox.", "A fox, 😀, and then " * 5, ["is kind", "is about a fox and a lamp", "is"]),
+    ("Tell.", "x", ["is", "is"]),
+    ("A fox.", "The end. " * 9, ["has two sentences that rhyme with each other, at least", "is kind"]),
+]
+
+
+@pytest.mark.parametrize("make_model", MODELS)
+@torch.no_grad()
+def test_the_judge_is_as_sure_as_one_forward_pass_a_question_says(tokenizer, make_model):
+    judge = rtt.Policy(make_model(vocab_size=len(tokenizer)), tokenizer, [2])
+    expected = [torch.tensor([slow_yes(judge, p, r, c) for c in criteria]) for p, r, criteria in QUESTIONS]
+    assert torch.cat(expected).unique().numel() == 7 and len(torch.cat(expected)) == 8  # one is asked twice
+    for batch in (1, 2, 16):
+        assert all(map(close, rtt.judge_yes(judge, QUESTIONS, batch), expected))
+    assert all(map(close, rtt.judge_yes(judge, QUESTIONS[::-1]), expected[::-1]))
+    one = [(p, r, [c]) for p, r, criteria in QUESTIONS for c in criteria]
+    assert close(torch.cat(rtt.judge_yes(judge, one)), torch.cat(expected))
+
+
+def test_the_judge_decides_its_rubrics_without_evidence_and_is_not_asked_about_an_empty_response(
+    tokenizer, monkeypatch
+):
+    asked = []
+
+    def judge_yes(judge, questions):
+        asked.extend(questions)
+        return [torch.tensor([0.9 if "kind" in c else 0.1 for c in criteria]) for _, _, criteria in questions]
+
+    monkeypatch.setattr(rtt, "judge_yes", judge_yes)
+    rubrics = [(rtt.JUDGED, "is kind"), ("punctuation:no_comma", {}), (rtt.JUDGED, "is long")]
+    ids = tokenizer("A lamp, a key.").input_ids
+    blank = tokenizer(" ").input_ids
+    texts, verdicts, evidence = graded(
+        tokenizer, [ids, blank, [], ids], [rubrics, rubrics[:2]], [True] * 4, "judge"
+    )
+    assert asked == [("p", texts[0], ["is kind", "is long"]), ("p", texts[3], ["is kind"])]
+    assert verdicts.tolist() == [[1, -1, -1], [-1, -1, -1], [-1, -1, 0], [1, -1, 0]]
+    known = evidence >= 0
+    assert known.all(2).tolist() == [[False, True, False], [True] * 3, [True] * 3, [False, True, True]]
+    assert (evidence[~known] == -1).all() and torch.equal(known.all(2), known.any(2))
+    assert evidence[0, 1].sum() == 1  # the comma
+    monkeypatch.setattr(rtt, "judge_yes", None)  # without such rubrics there need be no judge
+    graded(tokenizer, [ids], [rubrics[1:2]], [True])
 
 
 def test_response_reward_counts_only_rubrics_that_exist():
@@ -735,6 +867,29 @@ def test_fit_sees_other_pairs_each_time_and_skips_a_gradient_that_is_not_finite(
     monkeypatch.setattr(discriminator, "logits", lambda *a: real(*a) * math.inf)
     discriminator.fit(criteria, ids, mask, evidence, pairs=2)
     assert all(map(torch.equal, before, discriminator.model.parameters()))
+
+
+def test_the_discriminator_learns_nothing_from_verdicts_without_evidence(discriminator):
+    (ids, mask), criteria = responses(), [["judged", "find it"]] * 6
+    evidence = torch.stack([torch.full(ids.shape, -1.0), (ids == 77).float()], 1)
+    start = {name: value.clone() for name, value in discriminator.model.state_dict().items()}
+    learned = []
+    for given, texts, ks in ((evidence, criteria, [0, 1]), (evidence[:, 1:], [["find it"]] * 6, [1])):
+        discriminator.model.load_state_dict(start)
+        discriminator.optimizer = torch.optim.SGD(discriminator.model.parameters(), lr=0.1)
+        discriminator.fit(texts, ids, mask, given, pairs=99)
+        learned.append(torch.cat([p.detach().flatten() for p in discriminator.model.parameters()]))
+    nothing = torch.cat([start[name].flatten() for name, _ in discriminator.model.named_parameters()])
+    assert close(*learned, 1e-6) and (learned[0] - nothing).abs().max() > 1e-3
+    discriminator.fit(criteria, ids, mask, torch.full_like(evidence, -1.0))
+    after = torch.cat([p.detach().flatten() for p in discriminator.model.parameters()])
+    assert torch.equal(after, learned[1])
+
+
+def test_scored_tokens_leave_out_verdicts_without_evidence():
+    evidence = torch.tensor([[[0.0, 1.0], [-1.0, -1.0]]])
+    relevance, labels = rtt.scored_tokens(evidence + 0.5, evidence, torch.tensor([[1, 1]]), torch.ones(1, 2))
+    assert labels.tolist() == [0, 1] and relevance.tolist() == [0.5, 1.5]
 
 
 def test_f1_and_auroc_against_a_loop_over_pairs_with_ties():
