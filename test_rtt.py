@@ -5,12 +5,16 @@ G responses a prompt, N = prompts * G, K rubrics, T response tokens; symbols as 
 Models are made here, tiny and with random weights; the tokenizer is that of data/tiny.
 """
 
+import errno
 import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
     AutoTokenizer,
@@ -1684,6 +1689,268 @@ def test_a_response_is_shown_whole_and_coloured_only_on_a_terminal(tokenizer, mo
     assert "A lamp" in show() and ", {gone}." in show() and "[ ] " in show() and "\033" not in show()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert show().count("\033[0m") == len(ids)
+
+
+# --------------------------------------------------------------------------------------------------
+# Interruptions: whatever stops a run, --resume ends it as if nothing had happened
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint"
+    rtt.write_whole(path, "old")
+
+    def torn(value, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", torn)
+        with pytest.raises(OSError):
+            rtt.write_whole(path, {"new": 1})
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    rtt.write_whole(path, {"new": 1})
+    assert torch.load(path) == {"new": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# Runs in processes of their own, forked off one that has everything imported and was unbroken: each is the
+# command line, and what goes wrong in it; then the same resumed. Prints {name: [[status, output, files], ...]}.
+RUNS = r"""
+import contextlib, io, json, os, resource, signal, socket, sys
+import rtt, torch
+root, flags, LOG = sys.argv[1], sys.argv[2:], "/metrics.jsonl"
+
+def fork(argv, trouble=None, rank=0, world=1):
+    log = f"{root}/log{rank}"
+    if pid := os.fork():
+        return pid, log
+    signal.alarm(60)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1), os.dup2(stream, 2)
+    rtt.RANK, rtt.WORLD = rank, world
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT, RANK=str(rank), WORLD_SIZE=str(world))
+    status = 0
+    try:
+        trouble and trouble(argv[argv.index("--out") + 1])
+        rtt.main(argv)
+    except SystemExit as left:
+        status = left.code
+    except BaseException as error:
+        print("TRACEBACK", repr(error))
+        status = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+
+def end(pid, log, out=None):
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return status, open(log).read(), sorted(os.listdir(out)) if out else None
+
+def before_call(module, name, number, action):
+    "Do something just before a function is called for the n-th time."
+    real, calls = getattr(module, name), []
+    def patched(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == number:
+            action(*args)
+        return real(*args, **kwargs)
+    setattr(module, name, patched)
+
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+step = lambda number, action: lambda out: before_call(rtt, "train_step", number, action)
+
+def full_disk(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def half_checkpoint(value, file):
+    whole = io.BytesIO()
+    real_save(value, whole)
+    file.write(whole.getvalue()[: whole.tell() // 2])
+    file.flush()
+    kill()
+
+def half_line(out):
+    real = json.dumps
+    def dumps(value, **options):
+        text = real(value, **options)
+        if isinstance(value, dict) and value.get("step") == 4:
+            with open(out + LOG, "a") as file:
+                file.write(text[: len(text) // 2])
+            kill()
+        return text
+    json.dumps = dumps
+
+real_save = torch.save
+TROUBLES = {
+    "killed in the warm-up": lambda out: before_call(rtt.RelevanceDiscriminator, "fit", 2, kill),
+    "killed before the first checkpoint": step(2, kill),
+    "killed between checkpoints": step(4, kill),
+    "killed while it saves": lambda out: before_call(torch, "save", 2, half_checkpoint),
+    "killed while it logs": half_line,
+    "killed after the last step": lambda out: before_call(rtt, "summary", 1, kill),
+    "interrupted": step(3, interrupt),
+    "full disk, metrics": lambda out: step(4, lambda *_: full_disk(os.path.getsize(out + LOG) + 9))(out),
+    "full disk, checkpoint": step(4, lambda *_: full_disk(100_000)),
+    "full disk, policy": lambda out: before_call(rtt, "summary", 1, lambda *_: full_disk(100_000)),
+    "fewer steps": None,
+}
+results = {}
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    PORT = str(free.getsockname()[1])
+torch.set_num_threads(1)  # a process with threads cannot be forked
+with contextlib.redirect_stdout(io.StringIO()):
+    rtt.main([*flags, "--out", f"{root}/unbroken"])
+results["unbroken"] = [(0, "", sorted(os.listdir(f"{root}/unbroken")))]
+for name, trouble in TROUBLES.items():
+    out = f"{root}/{name}"
+    fewer = ["--steps", "3"] if name == "fewer steps" else []
+    results[name] = [end(*fork([*flags, "--out", out, *fewer], trouble), out)]
+    results[name].append(end(*fork(["--resume", out, *(["--steps", "5"] if fewer else [])]), out))
+for name in ("evidence", "discriminator"):
+    argv = [*flags, "--relevance", name, "--out", f"{root}/two {name}"]
+    results[f"two {name}"] = [end(*child) for child in [fork(argv, None, rank, 2) for rank in range(2)]]
+results["one evidence"] = [end(*fork([*flags, "--relevance", "evidence", "--out", f"{root}/one evidence"]))]
+print(json.dumps(results))
+"""
+STOPPED = "killed in the warm-up", "killed before the first checkpoint", "killed between checkpoints"
+STOPPED += "killed while it saves", "killed while it logs", "killed after the last step", "interrupted"
+STOPPED += "full disk, metrics", "full disk, checkpoint", "full disk, policy", "fewer steps"
+
+
+@pytest.fixture(scope="session")
+def runs(folder, data, tmp_path_factory):
+    """The folder of all RUNS, and what became of them: {name: [(status, output, files), ...]}."""
+    root = tmp_path_factory.mktemp("runs")
+    flags = "--steps 5 --save-every 2 --group-size 2 --max-new-tokens 8 --prompts 2 --warmup 1 --eval-every 0"
+    argv = ["--model", str(folder), "--data", str(data), *flags.split(), *EMBEDDED, "--show-every", "0"]
+    command = [sys.executable, "-c", RUNS, str(root), *argv]
+    no_gpu = os.environ | dict(CUDA_VISIBLE_DEVICES="")  # which no fork could use
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=300, env=no_gpu)
+    assert done.returncode == 0, done.stderr
+    return root, json.loads(done.stdout)
+
+
+def untimed(path):
+    """The lines of a metrics.jsonl without what no two runs share."""
+    timed = ("seconds", "tokens_per_second", "peak")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read(path)]
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(name, runs):
+    root, results = runs
+    (status, said, files), (resumed, said_then, _) = results[name]
+    assert resumed == 0, said_then
+    assert untimed(root / name / "metrics.jsonl") == untimed(root / "unbroken" / "metrics.jsonl")
+    for file in ("policy/model.safetensors", "result.json", "responses.jsonl"):
+        assert (root / name / file).read_bytes() == (root / "unbroken" / file).read_bytes(), file
+    kept = sorted(path.name for path in (root / name).glob("checkpoint*"))
+    assert kept == ["checkpoint-000004.pt", "checkpoint-000005.pt"]
+    expected = -9 if "killed" in name else 2 if "disk" in name else 130 if name == "interrupted" else 0
+    assert status == expected and "TRACEBACK" not in said, said
+
+
+def test_checkpoints_are_written_every_so_many_steps_and_two_are_kept(runs):
+    _, results = runs
+    kept = lambda name: [int(file[11:17]) for file in results[name][0][2] if file.startswith("checkpoint")]
+    assert kept("unbroken") == [4, 5] and kept("killed before the first checkpoint") == []
+    assert kept("killed between checkpoints") == [2] and kept("interrupted") == [2, 3]
+    assert kept("full disk, checkpoint") == [2] and kept("fewer steps") == [2, 3]
+
+
+@pytest.mark.parametrize("name", [name for name in STOPPED if "disk" in name])
+def test_a_full_disk_is_one_line(name, runs):
+    status, said, files = runs[1][name][0]
+    [line] = [line for line in said.splitlines() if line.startswith("rtt.py: ")]
+    assert status == 2 and "File too large" in line and "--resume" in line
+    assert "Traceback" not in said and not any(file.endswith(".new") for file in files)
+
+
+def test_ctrl_c_ends_after_a_whole_step_and_says_how_to_go_on(runs):
+    root, results = runs
+    status, said, _ = results["interrupted"][0]
+    assert status == 130 and said.splitlines()[-1].endswith(f"--resume {root / 'interrupted'}")
+    assert "Traceback" not in said
+
+
+def weights_of(folder):
+    return torch.cat([w.flatten() for _, w in sorted(load_file(folder / "model.safetensors").items())])
+
+
+def test_two_processes_do_what_one_does(runs, folder):
+    root, results = runs
+    for name in ("one evidence", "two evidence", "two discriminator"):
+        assert [status for status, _, _ in results[name]] == [0] * len(results[name]), results[name]
+    one, two = (read(root / name / "metrics.jsonl") for name in ("one evidence", "two evidence"))
+    assert len(one) == len(two) == 5 and any(row["grad_norm"] > 0 for row in one)
+    for a, b in zip(one, two):
+        for field in ("reward", "loss", "grad_norm", "tokens", "truncated", "approx_kl"):
+            assert b[field] == pytest.approx(a[field], rel=1e-4, abs=1e-6), field
+    start = weights_of(folder)
+    a, b = (weights_of(root / name / "policy") for name in ("one evidence", "two evidence"))
+    assert (a - b).abs().mean() < 1e-3 * (a - start).abs().mean()
+    for file in ("result.json", "responses.jsonl"):
+        assert (root / "two evidence" / file).read_bytes() == (root / "one evidence" / file).read_bytes()
+    assert results["two evidence"][1][1] == "" != results["two evidence"][0][1]  # one of them speaks
+    assert all(0 <= row["f1"] <= 1 for row in read(root / "two discriminator" / "metrics.jsonl"))
+
+
+def test_a_process_that_dies_ends_the_whole_run_under_torchrun(folder, data, tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), *SMALL, *EMBEDDED]
+    command = [*start, str(HERE / "rtt.py"), *flags, "--steps", "100000", "--warmup", "0"]
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(command, stderr=log, stdout=log)
+    try:
+        metrics, limit = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.is_file() and metrics.stat().st_size):
+            assert run.poll() is None and time.monotonic() < limit, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        assert run.wait(timeout=40) != 0
+    finally:
+        run.terminate()
+    said = (tmp_path / "log").read_text()
+    assert len(workers) == 2 and "rank" in said and workers[1] in said
+
+
+@pytest.fixture(scope="session")
+def finished(runs):
+    return runs[0] / "unbroken"
+
+
+@pytest.mark.parametrize("flags", ["--lr 1", "--seed 7", "--loss gspo", "--clip 0.1 0.1", "--prompts 1"])
+def test_only_steps_may_change_when_a_run_is_resumed(flags, finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert f"--resume {finished}" in refused(capsys, "--resume", finished, *flags.split())
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no config", "config", "half", "empty", "pickle", "model"])
+def test_what_cannot_be_resumed_is_one_line_and_stays_as_it_is(damage, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    if damage != "no folder":
+        shutil.copytree(finished, out, ignore=shutil.ignore_patterns("policy"))
+    newest, config = out / "checkpoint-000005.pt", out / "config.json"
+    if damage == "no config":
+        config.unlink()
+    elif damage == "config":
+        config.write_text(config.read_text()[:-20])
+    elif damage == "half":
+        newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    elif damage == "empty":
+        newest.write_bytes(b"")
+    elif damage == "pickle":
+        newest.write_bytes(pickle.dumps(Path("x")))  # which could run code
+    elif damage == "model":
+        state = torch.load(newest)
+        del state["policy"]["model.norm.weight"]
+        torch.save(state, newest)
+    kept = {path: path.read_bytes() for path in out.glob("*.*")}
+    said = refused(capsys, "--resume", out)
+    assert str(out if damage in ("no folder", "no config", "config") else newest) in said
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == kept
 
 
 # --------------------------------------------------------------------------------------------------
