@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
@@ -1553,7 +1553,7 @@ def test_equal_seeds_give_equal_metrics_and_weights_and_others_do_not(folder, da
     [f"--loss {loss}" for loss in rtt.LOSSES]
     + [f"--partition {partition} --combine mix" for partition in rtt.PARTITIONS]
     + ["--relevance evidence --reward csr", "--relevance uniform", "--alpha 0", "--kl 0.1 --temperature 0.7"]
-    + ["--micro-batch 1 --updates 2", "--clip 0.1 0.3 --eval-every 0 --show-every 0"],
+    + ["--alpha 0 --gradient-checkpointing", "--micro-batch 1 --updates 2", "--clip 0.1 0.3 --eval-every 0 --show-every 0"],
 )
 def test_every_variant_runs_and_has_a_discriminator_only_where_it_is_needed(folder, data, tmp_path, flags):
     row = train(folder, data, tmp_path / "run", *flags.split())[-1]
@@ -1691,6 +1691,195 @@ def test_a_response_is_shown_whole_and_coloured_only_on_a_terminal(tokenizer, mo
     assert show().count("\033[0m") == len(ids)
 
 
+def test_bos_comes_from_the_template_or_from_the_tokenizer_never_twice(folder):
+    tokenizer, bos = AutoTokenizer.from_pretrained(folder), "<|im_start|>"
+    number = tokenizer.convert_tokens_to_ids(bos)
+    add_bos = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+    tokenizer.backend_tokenizer.post_processor = add_bos
+    plain = tokenizer("Tell.", add_special_tokens=False).input_ids
+    tokenizer.chat_template = None
+    assert rtt.encode_prompt(tokenizer, "Tell.") == [number, *plain]
+    tokenizer.chat_template = bos + "{{ messages[0].content }}"
+    assert rtt.encode_prompt(tokenizer, "Tell.") == [number, *plain]
+
+
+def save_model(folder, path, change=lambda model, tokenizer: None):
+    """A copy of a model folder with something changed."""
+    model, tokenizer = Qwen2ForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    change(model, tokenizer)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_tokenizer_without_a_pad_token_is_enough(folder, data, tmp_path):
+    bare = save_model(folder, tmp_path / "bare", lambda _, tokenizer: setattr(tokenizer, "pad_token", None))
+    assert policy_of(bare).tokenizer.pad_token is None
+    rows = train(bare, data, tmp_path / "run")
+    kept = "reward", "loss", "grad_norm", "entropy", "f1"
+    assert [[row[k] for k in kept] for row in rows] == [
+        [row[k] for k in kept] for row in train(folder, data, tmp_path / "padded")
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--model", "--judge"])
+def test_a_model_without_any_end_token_or_with_a_short_context_is_refused(
+    flag, folder, tokenizer, data, capsys, tmp_path, monkeypatch
+):
+    def endless(model, tokenizer):
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token = None
+
+    judged(monkeypatch)
+    flags = [*([] if flag == "--model" else ["--model", folder]), "--data", data, "--out", tmp_path / "run"]
+    bad = save_model(folder, tmp_path / "endless", endless)
+    assert f"{flag} {bad}: " in (said := refused(capsys, *flags, flag, bad)) and "end token" in said
+    short = dict(max_position_embeddings=80, eos_token_id=2, vocab_size=len(tokenizer))
+    tiny_model(**short).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    said = refused(capsys, *flags, flag, tmp_path / "short")
+    assert f"{flag} {tmp_path / 'short'}" in said and "80 tokens" in said and not (tmp_path / "run").exists()
+
+
+def judged(monkeypatch, only=False):
+    """Let all data be two prompts, each with a rubric that a judge must decide, and perhaps others."""
+    comma, judged = rtt.make_rubric("punctuation:no_comma", {}), rtt.Rubric(rtt.JUDGED, {}, "is kind")
+    rubrics = [judged] if only else [comma, judged]
+    tasks = [rtt.Task("Tell.", rubrics), rtt.Task("Tell me a story.", rubrics[::-1])]
+    monkeypatch.setattr(rtt, "load_tasks", lambda path, split="train": tasks)
+
+
+def test_a_judge_that_is_not_the_policy_decides_in_training_and_in_measuring(
+    folder, tokenizer, data, tmp_path, monkeypatch
+):
+    judged(monkeypatch)
+    tiny_model(1, len(tokenizer), eos_token_id=2).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    judges, relevance, real, group_advantages = [], [], rtt.judge_yes, rtt.group_advantages
+    monkeypatch.setattr(rtt, "judge_yes", lambda judge, *args: judges.append(judge) or real(judge, *args))
+    keep = lambda *args: relevance.append(args[2]) or group_advantages(*args)
+    monkeypatch.setattr(rtt, "group_advantages", keep)
+    flags = "--relevance", "evidence", "--reward", "csr", "--eval-every", "1"
+    train(folder, data, tmp_path / "self", *flags)
+    start = weights_of(folder)
+    own = {judge.model for judge in judges}
+    assert len(own) == 1 and close(parameters(*own), start, 0)  # the starting policy, two steps later, too
+    train(folder, data, tmp_path / "other", *flags, "--judge", str(tmp_path / "judge"))
+    [other] = {judge.model for judge in judges} - own
+    assert close(parameters(other), weights_of(tmp_path / "judge"), 0)
+    assert all(0 <= w.min() and w.max() <= 1 for w in relevance)
+    for w in relevance:  # of one prompt the second rubric is the judge's, of the other the first
+        order = [1, 0] if w[:4, 0].any() or w[4:, 1].any() else [0, 1]
+        assert not w[:4, order[0]].any() and not w[4:, order[1]].any()
+    for record in read(tmp_path / "other" / "responses.jsonl"):
+        given = {rubric["id"]: rubric["evidence"] for rubric in record["rubrics"]}
+        assert given[rtt.JUDGED] is None or not record["response"].strip()
+        assert isinstance(given["punctuation:no_comma"], list)
+
+
+def parameters(model):
+    return torch.cat([w.flatten() for name, w in sorted(model.state_dict().items())])
+
+
+def test_a_run_whose_verdicts_are_all_judged_goes_on_though_there_is_nothing_to_learn_from(
+    folder, data, tmp_path, monkeypatch
+):
+    judged(monkeypatch, only=True)
+    for row in train(folder, data, tmp_path / "run"):
+        assert math.isfinite(row["loss"]) and row["f1"] == 0 and row["auroc"] == 0.5
+
+
+def test_a_run_in_bfloat16_keeps_its_weights_in_float32(folder, data, tmp_path, monkeypatch):
+    seen, real = [], rtt.chosen_logprobs
+    monkeypatch.setattr(rtt, "chosen_logprobs", lambda x, *args: seen.append(x.dtype) or real(x, *args))
+    rows = train(folder, data, tmp_path / "half", "--dtype", "bfloat16", "--kl", "0.1")
+    assert set(seen) == {torch.bfloat16} and all(map(math.isfinite, itertools.chain(*map(dict.values, rows))))
+    weights = load_file(tmp_path / "half" / "policy" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert all(0 < row["approx_kl"] < 1e-3 for row in rows)  # sampled and scored by other kernels
+    seen.clear()
+    whole = train(folder, data, tmp_path / "whole", "--kl", "0.1")
+    assert set(seen) == {torch.float32} and close(rows[0]["entropy"], whole[0]["entropy"], 0.1)
+
+
+def test_gradient_checkpointing_changes_no_number(folder, data, tmp_path, monkeypatch):
+    shared, real = [], rtt.token_logprobs
+    monkeypatch.setattr(rtt, "token_logprobs", lambda *args: shared.append(args[5]) or real(*args))
+    kept = train(folder, data, tmp_path / "kept", "--lr", "0.01")
+    again = train(folder, data, tmp_path / "again", "--lr", "0.01", "--gradient-checkpointing")
+    assert shared == [4, 4, 1, 1]
+    for a, b in zip(kept, again):
+        for name in a.keys() - {"seconds"}:
+            assert name.startswith(("seconds", "tokens_per", "peak")) or close(b[name], a[name], 1e-3), name
+
+
+def test_eval_only_measures_and_writes_down_every_response(folder, data, tmp_path, capsys):
+    before = sorted(folder.iterdir())
+    flags = ["--model", str(folder), "--eval-only", "--max-new-tokens", "24", "--prompts", "2"]
+    rtt.main([*flags, "--data", str(data / "eval.jsonl"), "--out", str(tmp_path / "run")])
+    said, result = capsys.readouterr().out, json.loads((tmp_path / "run" / "result.json").read_text())
+    written = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert written == ["config.json", "responses.jsonl", "result.json"]
+    records, tasks = read(tmp_path / "run" / "responses.jsonl"), rtt.load_tasks(data, "eval")
+    assert [record["prompt"] for record in records] == [task.prompt for task in tasks] and len(tasks) == 5
+    evidence, every, hits, total = 0, 0, 0, 0
+    for record, task in zip(records, tasks):
+        assert isinstance(record["response"], str) and isinstance(record["truncated"], bool)
+        for rubric, kept in zip(task.rubrics, record["rubrics"], strict=True):
+            satisfied, spans = rtt.verify(rubric, record["response"], task.prompt)
+            expected = dict(id=rubric.id, criterion=rubric.criterion, satisfied=satisfied)
+            assert kept == expected | dict(evidence=[list(span) for span in spans])
+            evidence, hits, total = evidence + len(spans), hits + satisfied, total + 1
+        every += all(rubric["satisfied"] for rubric in record["rubrics"])
+    assert evidence > 3 and result["rubric"] == pytest.approx(hits / total)
+    assert result["instruction"] == every / 5 and result["prompts"] == 5
+    assert result["truncated"] == sum(record["truncated"] for record in records) / 5
+    assert all(name in said for name in ("instruction level", "rubric level", *result["kinds"]))
+    rtt.main([*flags, "--data", str(data), "--out", str(tmp_path / "folder")])  # a folder: its eval.jsonl
+    for file in ("result.json", "responses.jsonl"):
+        assert (tmp_path / "folder" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_bare_name_of_a_qwen_is_a_model_of_the_hub_unless_there_is_such_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen3-0.6B").mkdir()
+    names = [("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("Qwen3-0.6B", "Qwen3-0.6B"), ("org/Qwen2", "org/Qwen2")]
+    for name, full in [*names, ("gpt2", "gpt2"), ("./Qwen2", "./Qwen2")]:
+        args = rtt.parse_args(["--model", name, "--judge", name, "--discriminator", name])
+        assert [args.model, args.judge, args.discriminator] == [full] * 3
+
+
+@pytest.mark.parametrize("flag", ["--model", "--discriminator"])
+def test_a_model_that_cannot_be_had_is_one_line_that_says_what_needs_no_download(
+    flag, folder, data, tmp_path, capsys
+):
+    other = ["--data", data, *([] if flag == "--model" else ["--model", folder])]
+    said = refused(capsys, *other, flag, "Qwen2.5-none", "--out", tmp_path / "run")
+    assert f"{flag} Qwen/Qwen2.5-none" in said and "python rtt.py" in said and "no download" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_defaults_are_the_embedded_models_or_those_of_any_other(tmp_path, monkeypatch):
+    embedded, other = rtt.parse_args([]), rtt.parse_args(["--model", "org/name"])
+    assert Path(embedded.model).resolve() == HERE / "data" / "tiny"
+    assert Path(embedded.data).resolve() == HERE / "data" / "stories"
+    assert Path(other.data).resolve() == HERE / "data" / "instructions"
+    differ = {name for name, value in vars(embedded).items() if getattr(other, name) != value}
+    assert differ == {"model", "data", *rtt.OTHER_MODELS}
+    assert all(getattr(other, name) == value for name, value in rtt.OTHER_MODELS.items())
+    flags = "--model org/name --lr 0.5 --data x --no-gradient-checkpointing"
+    given = rtt.parse_args(flags.split())
+    assert (given.lr, given.data, given.gradient_checkpointing) == (0.5, "x", False)
+    monkeypatch.chdir(HERE / "data")
+    assert rtt.parse_args(["--model", "tiny"]).lr == embedded.lr  # the same folder by another name
+
+
+def test_prompts_that_the_processes_cannot_share_equally_are_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(rtt, "WORLD", 2)
+    said = refused(capsys, "--prompts", "3", "--out", tmp_path / "run")
+    assert "--prompts 3" in said and "2 processes" in said
+
+
 # --------------------------------------------------------------------------------------------------
 # Interruptions: whatever stops a run, --resume ends it as if nothing had happened
 
@@ -1713,7 +1902,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 # Runs in processes of their own, forked off one that has everything imported and was unbroken: each is the
-# command line, and what goes wrong in it; then the same resumed. Prints {name: [[status, output, files], ...]}.
+# command line, and what goes wrong in it; then the same resumed.
+# Prints {name: [[status, output, files], ...]}.
 RUNS = r"""
 import contextlib, io, json, os, resource, signal, socket, sys
 import rtt, torch
