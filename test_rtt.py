@@ -5,9 +5,16 @@ G responses a prompt, N = prompts * G, K rubrics, T response tokens; symbols as 
 Models are made here, tiny and with random weights; the tokenizer is that of data/tiny.
 """
 
+import errno
+import itertools
 import json
 import math
+import os
+import pickle
 import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +23,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import rtt
 
@@ -32,11 +54,38 @@ def tiny_model(seed=0, vocab_size=23, **options):
     return Qwen2ForCausalLM(Qwen2Config(**sizes, **options)).eval()
 
 
-def absolute_model():
+def absolute_model(vocab_size=23):
     """A GPT-2: its positions are absolute, so a wrong position id shows (Qwen2's are relative)."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=23, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    return GPT2LMHeadModel(GPT2Config(initializer_range=0.3, **sizes)).eval()
+    sizes = dict(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512)
+    return GPT2LMHeadModel(rtt.without_dropout(GPT2Config(initializer_range=0.3, **sizes))).eval()
+
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
+SIZES |= dict(num_key_value_heads=2, initializer_range=0.3)
+WINDOW = dict(head_dim=8, sliding_window=6, tie_word_embeddings=False)
+
+
+def llama_model(vocab_size=23):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_hidden_layers=2, **SIZES)).eval()
+
+
+def gemma2_model(vocab_size=23):
+    """Some layers see the last 6 tokens only."""
+    torch.manual_seed(0)
+    config = Gemma2Config(vocab_size=vocab_size, num_hidden_layers=2, **WINDOW, **SIZES)
+    return Gemma2ForCausalLM(config).eval()
+
+
+def gemma3_model(vocab_size=23):
+    torch.manual_seed(0)
+    windows = dict(WINDOW, layer_types=["sliding_attention", "full_attention"] * 2)
+    config = Gemma3TextConfig(vocab_size=vocab_size, num_hidden_layers=4, **windows, **SIZES)
+    return Gemma3ForCausalLM(config).eval()
+
+
+MODELS = [tiny_model, absolute_model, llama_model, gemma2_model, gemma3_model]
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +101,12 @@ def folder(tokenizer, tmp_path_factory):
     tiny_model(vocab_size=len(tokenizer), attention_dropout=0.5, **ends).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def policy_of(folder, dtype=torch.float32, tasks=(rtt.Task("Tell.", []),), **options):
+    """The Policy of a model folder, loaded as a run does it."""
+    args = SimpleNamespace(**dict(device="cpu", data="tasks.jsonl", max_new_tokens=64) | options)
+    return rtt.load_policy("--model", str(folder), args, dtype, tasks)
 
 
 def close(a, b, tolerance=1e-5):
@@ -530,9 +585,9 @@ def test_braces_in_a_kwarg_are_text():
 PROMPTS = [[5, 6], [7, 8, 9, 10, 11, 12, 13], [14]]
 
 
-def roll(model, prompts=PROMPTS, G=4, T=12, temperature=1.0, ends=(END, OTHER_END), pad=0, seeds=None):
+def roll(model, prompts=PROMPTS, G=4, T=12, temperature=1.0, ends=(END, OTHER_END), pad=0, seeds=None, **how):
     seeds = range(len(prompts)) if seeds is None else seeds
-    return rtt.sample(model, prompts, G, T, temperature, ends, pad, list(seeds))
+    return rtt.sample(model, prompts, G, T, temperature, ends, pad, list(seeds), **how)
 
 
 def naive_logprobs(model, prompt, ids, temperature=1.0):
@@ -547,9 +602,6 @@ def rows_of(rollout, prompts=PROMPTS):
     G = len(rollout.ids) // len(prompts)
     lengths = rollout.mask.sum(1).tolist()
     return [(prompts[i // G], ids[:n]) for i, (ids, n) in enumerate(zip(rollout.ids.tolist(), lengths))]
-
-
-MODELS = [tiny_model, absolute_model]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
@@ -624,11 +676,85 @@ def test_sampling_ignores_the_generation_config():
 
 
 def test_dropout_of_the_config_is_off_in_sampling_and_in_training(folder):
-    policy = rtt.load_policy(str(folder), "cpu")
+    policy = policy_of(folder)
     rollout = roll(policy.model, [[50, 51, 52]], ends=policy.end_ids)
     ids, attention, T = rtt.trim(rollout, torch.arange(4), 4)
     policy.model.train()
     assert close(rtt.token_logprobs(policy.model, ids, attention, T, group_size=4), rollout.logprobs, 1e-4)
+
+
+@pytest.mark.parametrize("ends, pad", [((END, OTHER_END), 0), ((END,), END), (range(3, 14), 3), ((), 0)])
+@pytest.mark.parametrize("make_model", MODELS)
+def test_a_static_cache_gives_the_same_rollout_as_a_growing_one(make_model, ends, pad):
+    model, seen = make_model(), []
+    grown = roll(model, G=3, T=40, ends=ends, pad=pad, static=False)
+    model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    fixed = roll(model, G=3, T=40, ends=ends, pad=pad, static=True)
+    for name in ("ids", "mask", "truncated", "prompt_ids", "prompt_mask"):
+        assert torch.equal(getattr(fixed, name), getattr(grown, name)), name
+    assert close(fixed.logprobs, grown.logprobs, 1e-4) and close(fixed.entropy, grown.entropy, 1e-4)
+    longest = int(grown.mask.sum(1).max())
+    steps = min(39, -(-longest // 16) * 16)  # it looks only every 16 steps who has ended
+    assert seen == [(3, 7)] + [(9, 1)] * steps
+    assert (longest < 16) == (len(ends) > 2) and bool(fixed.truncated.all()) == (not ends)
+
+
+@pytest.mark.parametrize("make_model", MODELS)
+def test_a_static_cache_holds_keys_and_values_that_autocast_computes_in_two_types(make_model):
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = roll(model, static=True)
+    ids, attention, T = rtt.trim(rollout, torch.arange(12), 4)
+    with torch.no_grad():
+        exact = rtt.token_logprobs(model, ids, attention, T)
+    assert rollout.logprobs.dtype == torch.float32
+    assert (rollout.logprobs - exact).abs().mean() < 0.1 and rollout.logprobs.abs().max() > 1
+
+
+@pytest.mark.parametrize("make_model", MODELS)
+def test_both_ways_of_scoring_have_the_gradient_of_plain_forward_passes(make_model):
+    model = make_model()
+    rollout = roll(model, T=9, temperature=1.3)
+    push = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for i, (prompt, response) in enumerate(rows_of(rollout)):
+        total = total + (naive_logprobs(model, prompt, response, 1.3)[0] * push[i, : len(response)]).sum()
+    expected = flat_grad(total, model)
+    ids, attention, T = rtt.trim(rollout, torch.arange(12), 4)
+    for group_size in (1, 4):
+        logprobs = rtt.token_logprobs(model, ids, attention, T, 1.3, group_size)
+        assert close(flat_grad((logprobs * push).sum(), model) / expected.norm(), expected / expected.norm())
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    model.train()
+    again = rtt.token_logprobs(model, ids, attention, T, 1.3)
+    assert close(flat_grad((again * push).sum(), model) / expected.norm(), expected / expected.norm())
+    with pytest.raises(ValueError, match="group_size must be 1"):
+        rtt.token_logprobs(model, ids, attention, T, 1.3, 4)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chosen_logprobs_is_log_softmax_at_the_target(dtype, chunk):
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(7, 11, generator=generator)).to(dtype).requires_grad_()
+    targets, push = torch.randint(11, (7,), generator=generator), torch.randn(7, generator=generator)
+    chosen = rtt.chosen_logprobs(logits, targets, 0.7, chunk)
+    plain = (logits.float() / 0.7).log_softmax(1)[range(7), targets]
+    assert chosen.dtype == torch.float32 and close(chosen, plain)
+    [gradient] = torch.autograd.grad((chosen * push).sum(), logits)
+    [expected] = torch.autograd.grad((plain * push).sum(), logits)
+    assert close(gradient, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_chosen_logprobs_keeps_no_float_copy_of_the_logits_for_the_backward_pass():
+    logits, kept = torch.randn(7, 11, dtype=torch.bfloat16, requires_grad=True), []
+    keep = lambda x: kept.append((x.dtype, x.numel())) or x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        rtt.chosen_logprobs(logits, torch.arange(7), chunk=3).sum()
+    assert not any(dtype == torch.float32 and size >= 3 * 11 for dtype, size in kept)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits.float().log_softmax(1)
+    assert (torch.float32, 7 * 11) in kept  # what is looked for can be seen
 
 
 def test_sampling_needs_no_gradient_and_leaves_training_mode():
@@ -692,6 +818,71 @@ def test_token_spans_are_the_characters_whose_bytes_a_token_holds(tokenizer, tex
         assert rtt.token_spans(tokenizer, [ids]) == ([shown], [expected])
 
 
+def sentencepiece():
+    """A tokenizer as LLaMA's: a space is ▁, before every text comes one, unknown characters are bytes."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁alampndky.,é"]
+    pieces += ["la", "mp", "▁a", "▁la", "lamp", "▁lamp", "an"]
+    merges = [("l", "a"), ("m", "p"), ("▁", "a"), ("▁", "la"), ("la", "mp"), ("▁la", "mp"), ("a", "n")]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    bpe = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(bpe)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def random_text(rng, size=12):
+    return "".join(rng.choices(["lamp", " and", " ", "a", "灯", "😀", "é", ",", " 😀", "👩‍🚀", "\n"], k=size))
+
+
+def spans_by_bytes(texts_of_tokens, text):
+    """For each token (given as its bytes) the characters of the text that it has a byte of."""
+    owner = [c for c, char in enumerate(text) for _ in char.encode()]
+    ends = [0, *itertools.accumulate(map(len, texts_of_tokens))]
+    assert ends[-1] == len(owner)
+    return [(owner[a], owner[b - 1] + 1) for a, b in zip(ends, ends[1:])]
+
+
+def test_token_spans_of_random_texts_in_both_kinds_of_tokenizer(tokenizer):
+    rng, llama, unknown = random.Random(0), sentencepiece(), re.compile("<0x(..)>")
+    for _ in range(60):
+        text = random_text(rng)
+        ids = byte_tokens(tokenizer, text, rng)
+        pieces = [b" " * len(piece) for piece in tokenizer.convert_ids_to_tokens(ids)]  # a letter is a byte
+        assert rtt.token_spans(tokenizer, [ids]) == ([text], [spans_by_bytes(pieces, text)])
+        ids = llama("," + text).input_ids[2:]  # a response begins in the middle of a text: no ▁ is put before
+        names = llama.convert_ids_to_tokens(ids)
+        found = [unknown.match(name) for name in names]
+        pieces = [bytes.fromhex(x[1]) if x else n.replace("▁", " ").encode() for n, x in zip(names, found)]
+        assert b"".join(pieces).decode() == text and any(found)
+        assert rtt.token_spans(llama, [ids]) == ([text], [spans_by_bytes(pieces, text)])
+
+
+@pytest.mark.parametrize("make", ["bytes", "sentencepiece"])
+def test_token_spans_of_a_response_cut_in_a_character_lie_in_its_text(tokenizer, make):
+    rng, coder = random.Random(0), tokenizer if make == "bytes" else sentencepiece()
+    for _ in range(60):
+        text = random_text(rng) + "灯"
+        ids = coder("," + text, add_special_tokens=False).input_ids
+        cut = ids[: rng.randint(1, len(ids) - 1)]
+        [shown], [spans] = rtt.token_spans(coder, [cut])
+        [text], [whole] = rtt.token_spans(coder, [ids])
+        assert len(spans) == len(cut) and all(0 <= start <= end <= len(shown) for start, end in spans)
+        sound = len(os.path.commonprefix([shown, text]))  # what comes before the cut is as it was
+        before = lambda spans: [(start, end) for start, end in spans[: len(cut)] if end <= sound]
+        assert before(spans) == before(whole) and not shown[sound:].strip("\ufffd")
+
+
+def test_token_spans_take_no_longer_than_the_responses_are_long(tokenizer):
+    rng = random.Random(0)
+    plain = [[rng.randrange(5, len(tokenizer)) for _ in range(512)] for _ in range(32)]  # any garbage
+    split = [byte_tokens(tokenizer, random_text(rng, 400), rng)[:512] for _ in range(32)]
+    start = time.process_time()
+    texts, spans = rtt.token_spans(tokenizer, plain + split)
+    assert time.process_time() - start < 1 and all(len(row) == 512 for row in spans)
+
+
 def test_evidence_reaches_every_token_of_a_split_character_and_no_other(tokenizer):
     ids = byte_tokens(tokenizer, "灯a", random.Random(1))
     [text], [tokens] = rtt.token_spans(tokenizer, [ids])
@@ -700,15 +891,16 @@ def test_evidence_reaches_every_token_of_a_split_character_and_no_other(tokenize
     assert rtt.evidence_to_tokens([], tokens) == [0.0] * len(ids)
 
 
-def graded(tokenizer, responses, rubric_lists, ended):
+def graded(tokenizer, responses, rubric_lists, ended, judge=None):
     """`grade` on responses given as token ids; the end token is added where ended."""
     responses = [ids + [tokenizer.eos_token_id] * end for ids, end in zip(responses, ended)]
     T = max(map(len, responses))
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (T - len(row)) for row in responses])
     mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in responses])
     rollout = rtt.Rollout(None, None, ids, mask, None, None, ~torch.tensor(ended))
-    tasks = [rtt.Task("p", [rtt.make_rubric(i, kw) for i, kw in rubrics]) for rubrics in rubric_lists]
-    return rtt.grade(tokenizer, rollout, tasks)
+    make = lambda i, kw: rtt.Rubric(i, {}, kw) if i == rtt.JUDGED else rtt.make_rubric(i, kw)
+    tasks = [rtt.Task("p", [make(*rubric) for rubric in rubrics]) for rubrics in rubric_lists]
+    return rtt.grade(tokenizer, rollout, tasks, judge)
 
 
 def test_grade_marks_the_tokens_of_the_evidence_without_encoding_again(tokenizer):
@@ -731,6 +923,66 @@ def test_a_truncated_response_has_no_end_token_to_blame(tokenizer, cut):
     rubrics = [("length_constraints:number_words", dict(num_words=9, **AT_LEAST))]
     _, _, evidence = graded(tokenizer, [tokenizer("One").input_ids + tail], [rubrics], [False])
     assert not evidence.any()
+
+
+ANSWERS = ("yes", "Yes"), ("no", "No")
+
+
+def slow_yes(judge, prompt, response, criterion):
+    """One question, one forward pass over all of it, the softmax over the vocabulary."""
+    ids = rtt.encode_prompt(judge.tokenizer, rtt.QUESTION.format(prompt, response, criterion))
+    p = judge.model(torch.tensor([ids])).logits[0, -1].softmax(0)
+    first = lambda word: judge.tokenizer(word, add_special_tokens=False).input_ids[0]
+    yes, no = ({first(before + word) for word in words for before in ("", " ")} for words in ANSWERS)
+    yes, no = float(p[list(yes - no)].sum()), float(p[list(no - yes)].sum())
+    return yes / (yes + no)
+
+
+QUESTIONS = [
+    ("Tell.", "A lamp.", ["is kind"]),
+    ("Tell a story of a fox.", "A fox, 😀, and then " * 5, ["is kind", "is about a fox and a lamp", "is"]),
+    ("Tell.", "x", ["is", "is"]),
+    ("A fox.", "The end. " * 9, ["has two sentences that rhyme with each other, at least", "is kind"]),
+]
+
+
+@pytest.mark.parametrize("make_model", MODELS)
+@torch.no_grad()
+def test_the_judge_is_as_sure_as_one_forward_pass_a_question_says(tokenizer, make_model):
+    judge = rtt.Policy(make_model(vocab_size=len(tokenizer)), tokenizer, [2])
+    expected = [torch.tensor([slow_yes(judge, p, r, c) for c in criteria]) for p, r, criteria in QUESTIONS]
+    assert torch.cat(expected).unique().numel() == 7 and len(torch.cat(expected)) == 8  # one is asked twice
+    for batch in (1, 2, 16):
+        assert all(map(close, rtt.judge_yes(judge, QUESTIONS, batch), expected))
+    assert all(map(close, rtt.judge_yes(judge, QUESTIONS[::-1]), expected[::-1]))
+    one = [(p, r, [c]) for p, r, criteria in QUESTIONS for c in criteria]
+    assert close(torch.cat(rtt.judge_yes(judge, one)), torch.cat(expected))
+
+
+def test_the_judge_decides_its_rubrics_without_evidence_and_is_not_asked_about_an_empty_response(
+    tokenizer, monkeypatch
+):
+    asked = []
+
+    def judge_yes(judge, questions):
+        asked.extend(questions)
+        return [torch.tensor([0.9 if "kind" in c else 0.1 for c in criteria]) for _, _, criteria in questions]
+
+    monkeypatch.setattr(rtt, "judge_yes", judge_yes)
+    rubrics = [(rtt.JUDGED, "is kind"), ("punctuation:no_comma", {}), (rtt.JUDGED, "is long")]
+    ids = tokenizer("A lamp, a key.").input_ids
+    blank = tokenizer(" ").input_ids
+    texts, verdicts, evidence = graded(
+        tokenizer, [ids, blank, [], ids], [rubrics, rubrics[:2]], [True] * 4, "judge"
+    )
+    assert asked == [("p", texts[0], ["is kind", "is long"]), ("p", texts[3], ["is kind"])]
+    assert verdicts.tolist() == [[1, -1, -1], [-1, -1, -1], [-1, -1, 0], [1, -1, 0]]
+    known = evidence >= 0
+    assert known.all(2).tolist() == [[False, True, False], [True] * 3, [True] * 3, [False, True, True]]
+    assert (evidence[~known] == -1).all() and torch.equal(known.all(2), known.any(2))
+    assert evidence[0, 1].sum() == 1  # the comma
+    monkeypatch.setattr(rtt, "judge_yes", None)  # without such rubrics there need be no judge
+    graded(tokenizer, [ids], [rubrics[1:2]], [True])
 
 
 def test_response_reward_counts_only_rubrics_that_exist():
@@ -833,6 +1085,29 @@ def test_fit_sees_other_pairs_each_time_and_skips_a_gradient_that_is_not_finite(
     monkeypatch.setattr(discriminator, "logits", lambda *a: real(*a) * math.inf)
     discriminator.fit(criteria, ids, mask, evidence, pairs=2)
     assert all(map(torch.equal, before, discriminator.model.parameters()))
+
+
+def test_the_discriminator_learns_nothing_from_verdicts_without_evidence(discriminator):
+    (ids, mask), criteria = responses(), [["judged", "find it"]] * 6
+    evidence = torch.stack([torch.full(ids.shape, -1.0), (ids == 77).float()], 1)
+    start = {name: value.clone() for name, value in discriminator.model.state_dict().items()}
+    learned = []
+    for given, texts, ks in ((evidence, criteria, [0, 1]), (evidence[:, 1:], [["find it"]] * 6, [1])):
+        discriminator.model.load_state_dict(start)
+        discriminator.optimizer = torch.optim.SGD(discriminator.model.parameters(), lr=0.1)
+        discriminator.fit(texts, ids, mask, given, pairs=99)
+        learned.append(torch.cat([p.detach().flatten() for p in discriminator.model.parameters()]))
+    nothing = torch.cat([start[name].flatten() for name, _ in discriminator.model.named_parameters()])
+    assert close(*learned, 1e-6) and (learned[0] - nothing).abs().max() > 1e-3
+    discriminator.fit(criteria, ids, mask, torch.full_like(evidence, -1.0))
+    after = torch.cat([p.detach().flatten() for p in discriminator.model.parameters()])
+    assert torch.equal(after, learned[1])
+
+
+def test_scored_tokens_leave_out_verdicts_without_evidence():
+    evidence = torch.tensor([[[0.0, 1.0], [-1.0, -1.0]]])
+    relevance, labels = rtt.scored_tokens(evidence + 0.5, evidence, torch.tensor([[1, 1]]), torch.ones(1, 2))
+    assert labels.tolist() == [0, 1] and relevance.tolist() == [0.5, 1.5]
 
 
 def test_f1_and_auroc_against_a_loop_over_pairs_with_ties():
@@ -1171,7 +1446,8 @@ def test_k3_is_the_kl_on_average_and_never_negative():
 
 def options(**given):
     defaults = dict(updates=1, group_size=4, micro_batch=9, loss="grpo", clip=None, temperature=1.3)
-    return SimpleNamespace(**defaults | dict(max_grad_norm=1e9, kl=0.0) | given)
+    defaults |= dict(max_grad_norm=1e9, kl=0.0, gradient_checkpointing=False, device="cpu", dtype="float32")
+    return SimpleNamespace(**defaults | given)
 
 
 def off_policy_rollout(model, spread=0.3):
@@ -1424,11 +1700,14 @@ def data(tmp_path_factory):
 
 
 SMALL = "--prompts 2 --group-size 4 --max-new-tokens 12 --warmup 1".split()
+# What the embedded model has by default, and the tests, whose model is another, too.
+EMBEDDED = "--lr 3e-4 --discriminator-lr 1e-3 --micro-batch 4 --no-gradient-checkpointing".split()
 
 
 def train(folder, data, out, *flags):
     """A small run in this process; its metrics."""
-    rtt.main(["--model", str(folder), "--data", str(data), "--out", str(out), "--steps", "2", *SMALL, *flags])
+    flags = "--steps", "2", *SMALL, *EMBEDDED, *flags
+    rtt.main(["--model", str(folder), "--data", str(data), "--out", str(out), *flags])
     return read(out / "metrics.jsonl")
 
 
@@ -1487,7 +1766,7 @@ def test_equal_seeds_give_equal_metrics_and_weights_and_others_do_not(folder, da
     [f"--loss {loss}" for loss in rtt.LOSSES]
     + [f"--partition {partition} --combine mix" for partition in rtt.PARTITIONS]
     + ["--relevance evidence --reward csr", "--relevance uniform", "--alpha 0", "--kl 0.1 --temperature 0.7"]
-    + ["--micro-batch 1 --updates 2", "--clip 0.1 0.3 --eval-every 0 --show-every 0"],
+    + ["--alpha 0 --gradient-checkpointing", "--micro-batch 1 --updates 2", "--clip 0.1 0.3 --eval-every 0 --show-every 0"],
 )
 def test_every_variant_runs_and_has_a_discriminator_only_where_it_is_needed(folder, data, tmp_path, flags):
     row = train(folder, data, tmp_path / "run", *flags.split())[-1]
@@ -1501,7 +1780,7 @@ def test_the_kl_anchor_is_the_starting_policy_and_only_where_asked(folder, data,
     monkeypatch.setattr(rtt, "update", lambda *args: anchors.append(args[-1]) or update(*args))
     train(folder, data, tmp_path / "off")
     train(folder, data, tmp_path / "on", "--kl", "0.1")
-    start = rtt.load_policy(str(folder), "cpu").model
+    start = policy_of(folder).model
     assert anchors[:2] == [None, None]
     assert all(map(torch.equal, anchors[3].parameters(), start.parameters()))  # as it was, two steps later
 
@@ -1539,7 +1818,7 @@ def test_held_out_prompts_have_random_numbers_of_their_own(folder, data, monkeyp
     seeds, real = [], rtt.sample
     monkeypatch.setattr(rtt, "sample", lambda *args: seeds.extend(args[-1]) or real(*args))
     args = rtt.parse_args(["--prompts", "1", "--group-size", "2", "--max-new-tokens", "4"])
-    rtt.evaluate(rtt.load_policy(str(folder), "cpu"), rtt.load_tasks(data, "eval"), args)
+    rtt.evaluate(policy_of(folder), rtt.load_tasks(data, "eval"), args)
     assert len(set(seeds)) == 5
 
 
@@ -1549,7 +1828,8 @@ def test_a_prompt_that_does_not_fit_the_context_is_refused(tokenizer, data, tmp_
     flags = ["--model", str(tmp_path / "model"), "--data", str(data), "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as left:
         rtt.main(flags + ["--max-new-tokens", "64"])
-    assert left.value.code == 2 and "context of 80 tokens" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "context" in said and "80 tokens" in said
 
 
 def test_rollout_metrics_by_hand():
@@ -1567,7 +1847,7 @@ def test_a_policy_ends_at_the_end_tokens_of_tokenizer_and_generation_config(fold
     model.generation_config.eos_token_id = [7, 9]
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert rtt.load_policy(str(tmp_path), "cpu").end_ids == sorted({7, 9, tokenizer.eos_token_id})
+    assert policy_of(tmp_path).end_ids == sorted({7, 9, tokenizer.eos_token_id})
 
 
 def test_a_prompt_goes_through_the_chat_template_where_there_is_one(folder):
@@ -1581,18 +1861,18 @@ def test_a_prompt_goes_through_the_chat_template_where_there_is_one(folder):
 def test_a_file_keeps_its_last_tenth_for_measuring(tmp_path):
     rows = [ROW | dict(prompt=f"Story {i}.") for i in range(20)]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train_tasks, eval_tasks = rtt.load_both(str(tmp_path / "all.jsonl"))
+    train_tasks, eval_tasks = rtt.load_both(str(tmp_path / "all.jsonl"), False)
     assert [task.prompt for task in eval_tasks] == ["Story 18.", "Story 19."] and len(train_tasks) == 18
 
 
 def test_held_out_responses_are_the_same_every_time_whatever_the_batch(folder, data, monkeypatch):
-    policy, seen, results = rtt.load_policy(str(folder), "cpu"), [], []
+    policy, seen, results = policy_of(folder), [], []
     real, tasks = rtt.roll_out, rtt.load_tasks(data, "eval")
     monkeypatch.setattr(rtt, "roll_out", lambda *args: seen.append(real(*args)) or seen[-1])
     for prompts in ("1", "1", "2"):  # as many responses at a time as in training: 4, 4, 8
         args = rtt.parse_args([*SMALL, "--prompts", prompts])
         seen.clear()
-        results.append(rtt.evaluate(policy, tasks, args))
+        results.append(rtt.evaluate(policy, tasks, args)[0])
         results[-1]["ids"] = [row for rollout in seen for row in rollout.ids.tolist()]
     assert results[0] == results[1] == results[2] and len(results[0]["ids"]) == 5
 
@@ -1604,10 +1884,11 @@ def test_every_prompt_has_its_turn_before_any_has_a_second():
 
 
 def test_warm_up_trains_the_discriminator_and_leaves_the_policy_alone(folder, data, discriminator):
-    policy = rtt.load_policy(str(folder), "cpu")
+    policy = policy_of(folder)
     weights = [[p.clone() for p in model.parameters()] for model in (policy.model, discriminator.model)]
     args = rtt.parse_args(SMALL)
-    rtt.warm_up(policy, discriminator, rtt.task_stream(rtt.load_tasks(data), 0), args)
+    models = rtt.Models(policy, None, discriminator, None, None)
+    rtt.warm_up(models, rtt.task_stream(rtt.load_tasks(data), 0), args)
     assert all(map(torch.equal, weights[0], policy.model.parameters()))
     assert not any(map(torch.equal, weights[1], discriminator.model.parameters()))
 
@@ -1621,6 +1902,458 @@ def test_a_response_is_shown_whole_and_coloured_only_on_a_terminal(tokenizer, mo
     assert "A lamp" in show() and ", {gone}." in show() and "[ ] " in show() and "\033" not in show()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert show().count("\033[0m") == len(ids)
+
+
+def test_bos_comes_from_the_template_or_from_the_tokenizer_never_twice(folder):
+    tokenizer, bos = AutoTokenizer.from_pretrained(folder), "<|im_start|>"
+    number = tokenizer.convert_tokens_to_ids(bos)
+    add_bos = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+    tokenizer.backend_tokenizer.post_processor = add_bos
+    plain = tokenizer("Tell.", add_special_tokens=False).input_ids
+    tokenizer.chat_template = None
+    assert rtt.encode_prompt(tokenizer, "Tell.") == [number, *plain]
+    tokenizer.chat_template = bos + "{{ messages[0].content }}"
+    assert rtt.encode_prompt(tokenizer, "Tell.") == [number, *plain]
+
+
+def save_model(folder, path, change=lambda model, tokenizer: None):
+    """A copy of a model folder with something changed."""
+    model, tokenizer = Qwen2ForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    change(model, tokenizer)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_tokenizer_without_a_pad_token_is_enough(folder, data, tmp_path):
+    bare = save_model(folder, tmp_path / "bare", lambda _, tokenizer: setattr(tokenizer, "pad_token", None))
+    assert policy_of(bare).tokenizer.pad_token is None
+    rows = train(bare, data, tmp_path / "run")
+    kept = "reward", "loss", "grad_norm", "entropy", "f1"
+    assert [[row[k] for k in kept] for row in rows] == [
+        [row[k] for k in kept] for row in train(folder, data, tmp_path / "padded")
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--model", "--judge"])
+def test_a_model_without_any_end_token_or_with_a_short_context_is_refused(
+    flag, folder, tokenizer, data, capsys, tmp_path, monkeypatch
+):
+    def endless(model, tokenizer):
+        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token = None
+
+    judged(monkeypatch)
+    flags = [*([] if flag == "--model" else ["--model", folder]), "--data", data, "--out", tmp_path / "run"]
+    bad = save_model(folder, tmp_path / "endless", endless)
+    assert f"{flag} {bad}: " in (said := refused(capsys, *flags, flag, bad)) and "end token" in said
+    short = dict(max_position_embeddings=80, eos_token_id=2, vocab_size=len(tokenizer))
+    tiny_model(**short).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    said = refused(capsys, *flags, flag, tmp_path / "short")
+    assert f"{flag} {tmp_path / 'short'}" in said and "80 tokens" in said and not (tmp_path / "run").exists()
+
+
+def judged(monkeypatch, only=False):
+    """Let all data be two prompts, each with a rubric that a judge must decide, and perhaps others."""
+    comma, judged = rtt.make_rubric("punctuation:no_comma", {}), rtt.Rubric(rtt.JUDGED, {}, "is kind")
+    rubrics = [judged] if only else [comma, judged]
+    tasks = [rtt.Task("Tell.", rubrics), rtt.Task("Tell me a story.", rubrics[::-1])]
+    monkeypatch.setattr(rtt, "load_tasks", lambda path, split="train": tasks)
+
+
+def test_a_judge_that_is_not_the_policy_decides_in_training_and_in_measuring(
+    folder, tokenizer, data, tmp_path, monkeypatch
+):
+    judged(monkeypatch)
+    tiny_model(1, len(tokenizer), eos_token_id=2).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    judges, relevance, real, group_advantages = [], [], rtt.judge_yes, rtt.group_advantages
+    monkeypatch.setattr(rtt, "judge_yes", lambda judge, *args: judges.append(judge) or real(judge, *args))
+    keep = lambda *args: relevance.append(args[2]) or group_advantages(*args)
+    monkeypatch.setattr(rtt, "group_advantages", keep)
+    flags = "--relevance", "evidence", "--reward", "csr", "--eval-every", "1"
+    train(folder, data, tmp_path / "self", *flags)
+    start = weights_of(folder)
+    own = {judge.model for judge in judges}
+    assert len(own) == 1 and close(parameters(*own), start, 0)  # the starting policy, two steps later, too
+    train(folder, data, tmp_path / "other", *flags, "--judge", str(tmp_path / "judge"))
+    [other] = {judge.model for judge in judges} - own
+    assert close(parameters(other), weights_of(tmp_path / "judge"), 0)
+    assert all(0 <= w.min() and w.max() <= 1 for w in relevance)
+    for w in relevance:  # of one prompt the second rubric is the judge's, of the other the first
+        order = [1, 0] if w[:4, 0].any() or w[4:, 1].any() else [0, 1]
+        assert not w[:4, order[0]].any() and not w[4:, order[1]].any()
+    for record in read(tmp_path / "other" / "responses.jsonl"):
+        given = {rubric["id"]: rubric["evidence"] for rubric in record["rubrics"]}
+        assert given[rtt.JUDGED] is None or not record["response"].strip()
+        assert isinstance(given["punctuation:no_comma"], list)
+
+
+def parameters(model):
+    return torch.cat([w.flatten() for name, w in sorted(model.state_dict().items())])
+
+
+def test_a_run_whose_verdicts_are_all_judged_goes_on_though_there_is_nothing_to_learn_from(
+    folder, data, tmp_path, monkeypatch
+):
+    judged(monkeypatch, only=True)
+    for row in train(folder, data, tmp_path / "run"):
+        assert math.isfinite(row["loss"]) and row["f1"] == 0 and row["auroc"] == 0.5
+
+
+def test_a_run_in_bfloat16_keeps_its_weights_in_float32(folder, data, tmp_path, monkeypatch):
+    seen, real = [], rtt.chosen_logprobs
+    monkeypatch.setattr(rtt, "chosen_logprobs", lambda x, *args: seen.append(x.dtype) or real(x, *args))
+    rows = train(folder, data, tmp_path / "half", "--dtype", "bfloat16", "--kl", "0.1")
+    assert set(seen) == {torch.bfloat16} and all(map(math.isfinite, itertools.chain(*map(dict.values, rows))))
+    weights = load_file(tmp_path / "half" / "policy" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert all(0 < row["approx_kl"] < 1e-3 for row in rows)  # sampled and scored by other kernels
+    seen.clear()
+    whole = train(folder, data, tmp_path / "whole", "--kl", "0.1")
+    assert set(seen) == {torch.float32} and close(rows[0]["entropy"], whole[0]["entropy"], 0.1)
+
+
+def test_gradient_checkpointing_changes_no_number(folder, data, tmp_path, monkeypatch):
+    shared, real = [], rtt.token_logprobs
+    monkeypatch.setattr(rtt, "token_logprobs", lambda *args: shared.append(args[5]) or real(*args))
+    kept = train(folder, data, tmp_path / "kept", "--lr", "0.01")
+    again = train(folder, data, tmp_path / "again", "--lr", "0.01", "--gradient-checkpointing")
+    assert shared == [4, 4, 1, 1]
+    for a, b in zip(kept, again):
+        for name in a.keys() - {"seconds"}:
+            assert name.startswith(("seconds", "tokens_per", "peak")) or close(b[name], a[name], 1e-3), name
+
+
+def test_eval_only_measures_and_writes_down_every_response(folder, data, tmp_path, capsys):
+    before = sorted(folder.iterdir())
+    flags = ["--model", str(folder), "--eval-only", "--max-new-tokens", "24", "--prompts", "2"]
+    rtt.main([*flags, "--data", str(data / "eval.jsonl"), "--out", str(tmp_path / "run")])
+    said, result = capsys.readouterr().out, json.loads((tmp_path / "run" / "result.json").read_text())
+    written = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert written == ["config.json", "responses.jsonl", "result.json"]
+    records, tasks = read(tmp_path / "run" / "responses.jsonl"), rtt.load_tasks(data, "eval")
+    assert [record["prompt"] for record in records] == [task.prompt for task in tasks] and len(tasks) == 5
+    evidence, every, hits, total = 0, 0, 0, 0
+    for record, task in zip(records, tasks):
+        assert isinstance(record["response"], str) and isinstance(record["truncated"], bool)
+        for rubric, kept in zip(task.rubrics, record["rubrics"], strict=True):
+            satisfied, spans = rtt.verify(rubric, record["response"], task.prompt)
+            expected = dict(id=rubric.id, criterion=rubric.criterion, satisfied=satisfied)
+            assert kept == expected | dict(evidence=[list(span) for span in spans])
+            evidence, hits, total = evidence + len(spans), hits + satisfied, total + 1
+        every += all(rubric["satisfied"] for rubric in record["rubrics"])
+    assert evidence > 3 and result["rubric"] == pytest.approx(hits / total)
+    assert result["instruction"] == every / 5 and result["prompts"] == 5
+    assert result["truncated"] == sum(record["truncated"] for record in records) / 5
+    assert all(name in said for name in ("instruction level", "rubric level", *result["kinds"]))
+    rtt.main([*flags, "--data", str(data), "--out", str(tmp_path / "folder")])  # a folder: its eval.jsonl
+    for file in ("result.json", "responses.jsonl"):
+        assert (tmp_path / "folder" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_bare_name_of_a_qwen_is_a_model_of_the_hub_unless_there_is_such_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen3-0.6B").mkdir()
+    names = [("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("Qwen3-0.6B", "Qwen3-0.6B"), ("org/Qwen2", "org/Qwen2")]
+    for name, full in [*names, ("gpt2", "gpt2"), ("./Qwen2", "./Qwen2")]:
+        args = rtt.parse_args(["--model", name, "--judge", name, "--discriminator", name])
+        assert [args.model, args.judge, args.discriminator] == [full] * 3
+
+
+@pytest.mark.parametrize("flag", ["--model", "--discriminator"])
+def test_a_model_that_cannot_be_had_is_one_line_that_says_what_needs_no_download(
+    flag, folder, data, tmp_path, capsys
+):
+    other = ["--data", data, *([] if flag == "--model" else ["--model", folder])]
+    said = refused(capsys, *other, flag, "Qwen2.5-none", "--out", tmp_path / "run")
+    assert f"{flag} Qwen/Qwen2.5-none" in said and "python rtt.py" in said and "no download" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_defaults_are_the_embedded_models_or_those_of_any_other(tmp_path, monkeypatch):
+    embedded, other = rtt.parse_args([]), rtt.parse_args(["--model", "org/name"])
+    assert Path(embedded.model).resolve() == HERE / "data" / "tiny"
+    assert Path(embedded.data).resolve() == HERE / "data" / "stories"
+    assert Path(other.data).resolve() == HERE / "data" / "instructions"
+    differ = {name for name, value in vars(embedded).items() if getattr(other, name) != value}
+    assert differ == {"model", "data", *rtt.OTHER_MODELS}
+    assert all(getattr(other, name) == value for name, value in rtt.OTHER_MODELS.items())
+    flags = "--model org/name --lr 0.5 --data x --no-gradient-checkpointing"
+    given = rtt.parse_args(flags.split())
+    assert (given.lr, given.data, given.gradient_checkpointing) == (0.5, "x", False)
+    monkeypatch.chdir(HERE / "data")
+    assert rtt.parse_args(["--model", "tiny"]).lr == embedded.lr  # the same folder by another name
+
+
+def test_prompts_that_the_processes_cannot_share_equally_are_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(rtt, "WORLD", 2)
+    said = refused(capsys, "--prompts", "3", "--out", tmp_path / "run")
+    assert "--prompts 3" in said and "2 processes" in said
+
+
+# --------------------------------------------------------------------------------------------------
+# Interruptions: whatever stops a run, --resume ends it as if nothing had happened
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint"
+    rtt.write_whole(path, "old")
+
+    def torn(value, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", torn)
+        with pytest.raises(OSError):
+            rtt.write_whole(path, {"new": 1})
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    rtt.write_whole(path, {"new": 1})
+    assert torch.load(path) == {"new": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# Runs in processes of their own, forked off one that has everything imported and was unbroken: each is the
+# command line, and what goes wrong in it; then the same resumed.
+# Prints {name: [[status, output, files], ...]}.
+RUNS = r"""
+import contextlib, io, json, os, resource, signal, socket, sys
+import rtt, torch
+root, flags, LOG = sys.argv[1], sys.argv[2:], "/metrics.jsonl"
+
+def fork(argv, trouble=None, rank=0, world=1):
+    log = f"{root}/log{rank}"
+    if pid := os.fork():
+        return pid, log
+    signal.alarm(60)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1), os.dup2(stream, 2)
+    rtt.RANK, rtt.WORLD = rank, world
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT, RANK=str(rank), WORLD_SIZE=str(world))
+    status = 0
+    try:
+        trouble and trouble(argv[argv.index("--out") + 1])
+        rtt.main(argv)
+    except SystemExit as left:
+        status = left.code
+    except BaseException as error:
+        print("TRACEBACK", repr(error))
+        status = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+
+def end(pid, log, out=None):
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return status, open(log).read(), sorted(os.listdir(out)) if out else None
+
+def before_call(module, name, number, action):
+    "Do something just before a function is called for the n-th time."
+    real, calls = getattr(module, name), []
+    def patched(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == number:
+            action(*args)
+        return real(*args, **kwargs)
+    setattr(module, name, patched)
+
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+step = lambda number, action: lambda out: before_call(rtt, "train_step", number, action)
+
+def full_disk(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def half_checkpoint(value, file):
+    whole = io.BytesIO()
+    real_save(value, whole)
+    file.write(whole.getvalue()[: whole.tell() // 2])
+    file.flush()
+    kill()
+
+def half_line(out):
+    real = json.dumps
+    def dumps(value, **options):
+        text = real(value, **options)
+        if isinstance(value, dict) and value.get("step") == 4:
+            with open(out + LOG, "a") as file:
+                file.write(text[: len(text) // 2])
+            kill()
+        return text
+    json.dumps = dumps
+
+real_save = torch.save
+TROUBLES = {
+    "killed in the warm-up": lambda out: before_call(rtt.RelevanceDiscriminator, "fit", 2, kill),
+    "killed before the first checkpoint": step(2, kill),
+    "killed between checkpoints": step(4, kill),
+    "killed while it saves": lambda out: before_call(torch, "save", 2, half_checkpoint),
+    "killed while it logs": half_line,
+    "killed after the last step": lambda out: before_call(rtt, "summary", 1, kill),
+    "interrupted": step(3, interrupt),
+    "full disk, metrics": lambda out: step(4, lambda *_: full_disk(os.path.getsize(out + LOG) + 9))(out),
+    "full disk, checkpoint": step(4, lambda *_: full_disk(100_000)),
+    "full disk, policy": lambda out: before_call(rtt, "summary", 1, lambda *_: full_disk(100_000)),
+    "fewer steps": None,
+}
+results = {}
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    PORT = str(free.getsockname()[1])
+torch.set_num_threads(1)  # a process with threads cannot be forked
+with contextlib.redirect_stdout(io.StringIO()):
+    rtt.main([*flags, "--out", f"{root}/unbroken"])
+results["unbroken"] = [(0, "", sorted(os.listdir(f"{root}/unbroken")))]
+for name, trouble in TROUBLES.items():
+    out = f"{root}/{name}"
+    fewer = ["--steps", "3"] if name == "fewer steps" else []
+    results[name] = [end(*fork([*flags, "--out", out, *fewer], trouble), out)]
+    results[name].append(end(*fork(["--resume", out, *(["--steps", "5"] if fewer else [])]), out))
+for name in ("evidence", "discriminator"):
+    argv = [*flags, "--relevance", name, "--out", f"{root}/two {name}"]
+    results[f"two {name}"] = [end(*child) for child in [fork(argv, None, rank, 2) for rank in range(2)]]
+results["one evidence"] = [end(*fork([*flags, "--relevance", "evidence", "--out", f"{root}/one evidence"]))]
+print(json.dumps(results))
+"""
+STOPPED = "killed in the warm-up", "killed before the first checkpoint", "killed between checkpoints"
+STOPPED += "killed while it saves", "killed while it logs", "killed after the last step", "interrupted"
+STOPPED += "full disk, metrics", "full disk, checkpoint", "full disk, policy", "fewer steps"
+
+
+@pytest.fixture(scope="session")
+def runs(folder, data, tmp_path_factory):
+    """The folder of all RUNS, and what became of them: {name: [(status, output, files), ...]}."""
+    root = tmp_path_factory.mktemp("runs")
+    flags = "--steps 5 --save-every 2 --group-size 2 --max-new-tokens 8 --prompts 2 --warmup 1 --eval-every 0"
+    argv = ["--model", str(folder), "--data", str(data), *flags.split(), *EMBEDDED, "--show-every", "0"]
+    command = [sys.executable, "-c", RUNS, str(root), *argv]
+    no_gpu = os.environ | dict(CUDA_VISIBLE_DEVICES="")  # which no fork could use
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=300, env=no_gpu)
+    assert done.returncode == 0, done.stderr
+    return root, json.loads(done.stdout)
+
+
+def untimed(path):
+    """The lines of a metrics.jsonl without what no two runs share."""
+    timed = ("seconds", "tokens_per_second", "peak")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read(path)]
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(name, runs):
+    root, results = runs
+    (status, said, files), (resumed, said_then, _) = results[name]
+    assert resumed == 0, said_then
+    assert untimed(root / name / "metrics.jsonl") == untimed(root / "unbroken" / "metrics.jsonl")
+    for file in ("policy/model.safetensors", "result.json", "responses.jsonl"):
+        assert (root / name / file).read_bytes() == (root / "unbroken" / file).read_bytes(), file
+    kept = sorted(path.name for path in (root / name).glob("checkpoint*"))
+    assert kept == ["checkpoint-000004.pt", "checkpoint-000005.pt"]
+    expected = -9 if "killed" in name else 2 if "disk" in name else 130 if name == "interrupted" else 0
+    assert status == expected and "TRACEBACK" not in said, said
+
+
+def test_checkpoints_are_written_every_so_many_steps_and_two_are_kept(runs):
+    _, results = runs
+    kept = lambda name: [int(file[11:17]) for file in results[name][0][2] if file.startswith("checkpoint")]
+    assert kept("unbroken") == [4, 5] and kept("killed before the first checkpoint") == []
+    assert kept("killed between checkpoints") == [2] and kept("interrupted") == [2, 3]
+    assert kept("full disk, checkpoint") == [2] and kept("fewer steps") == [2, 3]
+
+
+@pytest.mark.parametrize("name", [name for name in STOPPED if "disk" in name])
+def test_a_full_disk_is_one_line(name, runs):
+    status, said, files = runs[1][name][0]
+    [line] = [line for line in said.splitlines() if line.startswith("rtt.py: ")]
+    assert status == 2 and "File too large" in line and "--resume" in line
+    assert "Traceback" not in said and not any(file.endswith(".new") for file in files)
+
+
+def test_ctrl_c_ends_after_a_whole_step_and_says_how_to_go_on(runs):
+    root, results = runs
+    status, said, _ = results["interrupted"][0]
+    assert status == 130 and said.splitlines()[-1].endswith(f"--resume {root / 'interrupted'}")
+    assert "Traceback" not in said
+
+
+def weights_of(folder):
+    return torch.cat([w.flatten() for _, w in sorted(load_file(folder / "model.safetensors").items())])
+
+
+def test_two_processes_do_what_one_does(runs, folder):
+    root, results = runs
+    for name in ("one evidence", "two evidence", "two discriminator"):
+        assert [status for status, _, _ in results[name]] == [0] * len(results[name]), results[name]
+    one, two = (read(root / name / "metrics.jsonl") for name in ("one evidence", "two evidence"))
+    assert len(one) == len(two) == 5 and any(row["grad_norm"] > 0 for row in one)
+    for a, b in zip(one, two):
+        for field in ("reward", "loss", "grad_norm", "tokens", "truncated", "approx_kl"):
+            assert b[field] == pytest.approx(a[field], rel=1e-4, abs=1e-6), field
+    start = weights_of(folder)
+    a, b = (weights_of(root / name / "policy") for name in ("one evidence", "two evidence"))
+    assert (a - b).abs().mean() < 1e-3 * (a - start).abs().mean()
+    for file in ("result.json", "responses.jsonl"):
+        assert (root / "two evidence" / file).read_bytes() == (root / "one evidence" / file).read_bytes()
+    assert results["two evidence"][1][1] == "" != results["two evidence"][0][1]  # one of them speaks
+    assert all(0 <= row["f1"] <= 1 for row in read(root / "two discriminator" / "metrics.jsonl"))
+
+
+def test_a_process_that_dies_ends_the_whole_run_under_torchrun(folder, data, tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), *SMALL, *EMBEDDED]
+    command = [*start, str(HERE / "rtt.py"), *flags, "--steps", "100000", "--warmup", "0"]
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(command, stderr=log, stdout=log)
+    try:
+        metrics, limit = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.is_file() and metrics.stat().st_size):
+            assert run.poll() is None and time.monotonic() < limit, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        assert run.wait(timeout=40) != 0
+    finally:
+        run.terminate()
+    said = (tmp_path / "log").read_text()
+    assert len(workers) == 2 and "rank" in said and workers[1] in said
+
+
+@pytest.fixture(scope="session")
+def finished(runs):
+    return runs[0] / "unbroken"
+
+
+@pytest.mark.parametrize("flags", ["--lr 1", "--seed 7", "--loss gspo", "--clip 0.1 0.1", "--prompts 1"])
+def test_only_steps_may_change_when_a_run_is_resumed(flags, finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert f"--resume {finished}" in refused(capsys, "--resume", finished, *flags.split())
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no config", "config", "half", "empty", "pickle", "model"])
+def test_what_cannot_be_resumed_is_one_line_and_stays_as_it_is(damage, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    if damage != "no folder":
+        shutil.copytree(finished, out, ignore=shutil.ignore_patterns("policy"))
+    newest, config = out / "checkpoint-000005.pt", out / "config.json"
+    if damage == "no config":
+        config.unlink()
+    elif damage == "config":
+        config.write_text(config.read_text()[:-20])
+    elif damage == "half":
+        newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    elif damage == "empty":
+        newest.write_bytes(b"")
+    elif damage == "pickle":
+        newest.write_bytes(pickle.dumps(Path("x")))  # which could run code
+    elif damage == "model":
+        state = torch.load(newest)
+        del state["policy"]["model.norm.weight"]
+        torch.save(state, newest)
+    kept = {path: path.read_bytes() for path in out.glob("*.*")}
+    said = refused(capsys, "--resume", out)
+    assert str(out if damage in ("no folder", "no config", "config") else newest) in said
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == kept
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1697,9 +2430,9 @@ def test_a_model_folder_that_is_none_is_refused_and_leaves_no_run(flag, kind, fo
 def test_weights_that_could_run_code_are_not_loaded(folder, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    torch.save(rtt.load_policy(str(folder), "cpu").model.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(policy_of(folder).model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(rtt.BadInput):
-        rtt.load_policy(str(tmp_path), "cpu")
+        policy_of(tmp_path)
 
 
 @pytest.mark.parametrize("held", ["metrics.jsonl", "config.json", "policy/model.safetensors"])
