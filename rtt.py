@@ -537,26 +537,22 @@ def load_tasks(path_or_hub_id, split="train"):
     if path.is_dir() and not (path / f"{split}.jsonl").is_file():
         raise BadInput(f"{path}: has no {split}.jsonl; a folder of data needs train.jsonl and eval.jsonl")
     path = path / f"{split}.jsonl" if path.is_dir() else path
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise BadInput(f"{path}: cannot be read (permission denied)")
     if path.is_file():
-        if not os.access(path, os.R_OK):
-            raise BadInput(f"{path}: cannot be read (permission denied)")
-        lines = [
-            (f"{path}:{n}", line) for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()
-        ]
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        rows = [(f"{path}:{n}", line) for n, line in lines if line.strip()]
     else:
-        lines = [
-            (f"{path_or_hub_id}[{n}]", row) for n, row in enumerate(hub_rows(str(path_or_hub_id), split))
-        ]
+        rows = [(f"{path}[{n}]", row) for n, row in enumerate(hub_rows(str(path_or_hub_id), split))]
     tasks = []
-    for where, line in lines:
+    for where, row in rows:
         try:
-            tasks.append(make_task(json.loads(line) if isinstance(line, bytes) else line))
+            tasks.append(make_task(json.loads(row) if isinstance(row, bytes) else row))
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
         except (ValueError, RecursionError) as error:  # json's own errors, and text that is not UTF-8
-            detail = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            )
-            reason = error if isinstance(error, BadInput) else f"not JSON text: {detail}"
-            raise BadInput(f"{where}: {reason}") from None
+            place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise BadInput(f"{where}: not JSON text: {getattr(error, 'msg', error)}{place}") from None
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
     return tasks
@@ -565,17 +561,14 @@ def load_tasks(path_or_hub_id, split="train"):
 def hub_rows(name, split):
     """The rows of a data set on the hub. Raises BadInput where it cannot be had."""
     if not re.fullmatch(HUB_ID, name) or name.endswith((".jsonl", ".json")):
-        raise BadInput(
-            f"{name}: no such file; --data takes a .jsonl file, a folder or the name of a hub data set"
-        )
+        raise BadInput(f"{name}: no such file; --data takes a .jsonl file, a folder or a hub data set")
     import datasets  # slow to import, and local files do not need it
 
     try:
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
-        raise BadInput(
-            f"{name}: neither a local file nor to be had from the hub ({error})".splitlines()[0]
-        ) from None
+        reason = f"neither a local file nor to be had from the hub ({error})".splitlines()[0]
+        raise BadInput(f"{name}: {reason}") from None
 
 
 # ==================================================================================================
@@ -1569,19 +1562,14 @@ def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
 PHASES = ("rollout", "verify", "relevance", "update")
 
 
-class Stopwatch:
-    """Seconds per phase: `with watch("rollout"): ...` adds to watch.seconds["rollout"]."""
-
-    def __init__(self):
-        self.seconds = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase):
-        start = time.perf_counter()
-        yield
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # kernels run on after the call that started them
-        self.seconds[phase] += time.perf_counter() - start
+@contextmanager
+def timed(seconds, phase):
+    """Add the seconds that the block takes to seconds[phase]."""
+    start = time.perf_counter()
+    yield
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # kernels run on after the call that started them
+    seconds[phase] += time.perf_counter() - start
 
 
 def peak_memory_mb():
@@ -1632,14 +1620,15 @@ class Models(NamedTuple):
 
 def train_step(models, tasks, seeds, args):
     """The pipeline of the opening picture, once. Returns a row of metrics, and what show_credit needs."""
-    watch, G, (policy, optimizer, discriminator, judge, reference) = Stopwatch(), args.group_size, models
-    with watch("rollout"):
+    (policy, optimizer, discriminator, judge, reference), G = models, args.group_size
+    seconds = defaultdict(float)
+    with timed(seconds, "rollout"):
         rollout = roll_out(policy, tasks, G, seeds, args)  # ids, mask, logprobs [N, T]
-    with watch("verify"):
+    with timed(seconds, "verify"):
         _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks, judge)  # [N, K], [N, K, T]
         rewards = response_reward(verdicts, args.reward)  # [N]
         row = rollout_metrics(rollout, verdicts, rewards, G)
-    with watch("relevance"):
+    with timed(seconds, "relevance"):
         relevance = evidence.clamp(min=0 if args.relevance == "evidence" else 1)  # [N, K, T]
         if discriminator:
             criteria = criteria_of(tasks, verdicts)
@@ -1647,11 +1636,11 @@ def train_step(models, tasks, seeds, args):
             scored = scored_tokens(relevance, evidence, verdicts, rollout.mask)
             row["f1"], row["auroc"] = f1_and_auroc(*scored)
             discriminator.fit(criteria, rollout.ids, rollout.mask, evidence)
-    with watch("update"):
+    with timed(seconds, "update"):
         advantages = group_advantages(rewards, verdicts, relevance, rollout.mask, args)  # [N, T]
         row |= update(policy.model, optimizer, rollout, advantages, args, reference)
-    row |= dict(seconds=sum(watch.seconds.values()), peak_memory_mb=peak_memory_mb())
-    row = merged(gather(row | {f"seconds_{phase}": s for phase, s in watch.seconds.items()}))
+    row |= dict(seconds=sum(seconds.values()), peak_memory_mb=peak_memory_mb())
+    row = merged(gather(row | {f"seconds_{phase}": s for phase, s in seconds.items()}))
     row["tokens_per_second"] = row["tokens"] / row["seconds"]
     return row, (tasks[0], rollout.ids[0], rollout.mask[0], verdicts[0], advantages[0])
 
