@@ -578,6 +578,23 @@ def test_braces_in_a_kwarg_are_text():
     assert "{x} {0}" in rtt.make_rubric("keywords:existence", {"keywords": ["{x} {0}"]}).criterion
 
 
+def test_the_everyday_instructions_are_what_their_script_makes_and_hold_every_kind(tmp_path):
+    script, folder = HERE / "data" / "make_instructions.py", HERE / "data" / "instructions"
+    subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
+    seen = set()
+    for split, least in (("train", 1000), ("eval", 200)):
+        assert (folder / f"{split}.jsonl").read_bytes() == (tmp_path / f"{split}.jsonl").read_bytes()
+        tasks = rtt.load_tasks(folder, split)
+        ids = [rubric.id for task in tasks for rubric in task.rubrics]
+        assert len(tasks) >= least and {*ids} == {*rtt.VERIFIERS, rtt.JUDGED}
+        assert {len(task.rubrics) for task in tasks} == {1, 2, 3, 4, 5}
+        judged = sum(any(rubric.id == rtt.JUDGED for rubric in task.rubrics) for task in tasks)
+        assert 0.15 < judged / len(tasks) < 0.25
+        prompts = {task.prompt for task in tasks}
+        assert len(prompts) == len(tasks) and not prompts & seen  # none twice, none in both
+        seen |= prompts
+
+
 # ==================================================================================================
 # 2. Rollouts
 # ==================================================================================================
