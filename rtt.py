@@ -77,7 +77,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -146,10 +146,9 @@ def verifier(rubric_id, criterion):
 
 
 def verify(rubric, response, prompt=""):
-    """Verdict and evidence of one rubric on one response, as IFEval's strict verifiers see it.
+    """Verdict and evidence of one rubric on one response. Raises ValueError for a criterion in words.
 
-    Strict: an empty response satisfies nothing. `prompt` is for rubrics that refer to it; these do not.
-    Raises ValueError for a criterion in words.
+    As IFEval has it, an empty response satisfies nothing. `prompt` is for rubrics that refer to it.
     """
     if rubric.id == JUDGED:
         raise ValueError(f"no rule can verify {rubric.criterion!r}: it needs a judge")
@@ -166,11 +165,6 @@ def needs_judge(rubric):
     return rubric.id == JUDGED or language is not None and ", " in SCRIPTS[LANGUAGES[language][1]]
 
 
-def is_text(value):
-    """A string that says something."""
-    return isinstance(value, str) and bool(value.strip())
-
-
 SCRIPTS = {  # how the Unicode names of its letters begin: the languages written in it, with IFEval's codes
     "LATIN": "en English, es Spanish, pt Portuguese, fr French, de German, it Italian, pl Polish, "
              "vi Vietnamese, sw Swahili, fi Finnish",
@@ -183,7 +177,8 @@ SCRIPTS = {  # how the Unicode names of its letters begin: the languages written
 PAIRS = [(*pair.split(), script) for script, pairs in SCRIPTS.items() for pair in pairs.split(", ")]
 LANGUAGES = {code: (name, script) for code, name, script in PAIRS}
 
-# What an argument of a verifier may be: in words, and as a test.
+# What an argument of a verifier may be: in words, and as a test. A text says something.
+is_text = lambda value: isinstance(value, str) and bool(value.strip())
 TEXT = "a text that is not empty", is_text
 WORDS = "a list of words", lambda value: isinstance(value, list) and bool(value) and all(map(is_text, value))
 ONE_WORD = "a single word", lambda value: is_text(value) and not re.search(r"[\s.,?!'\"]", value)
@@ -203,15 +198,15 @@ def spans(pattern, text, group=0, flags=re.IGNORECASE | re.MULTILINE):
     return [match.span(group) for match in re.finditer(pattern, text, flags)]
 
 
-def count_verdict(found, relation, bound, absence=()):
+def count_verdict(found, relation, bound):
     """The verdict on "at least / less than / exactly `bound` things", given the spans of the things found.
 
-    Enough rests on all that were found, too many on the surplus, too few on the `absence` of more.
+    Enough rests on all that were found, too many on the surplus, too few on no character.
     """
     surplus = {"at least": [], "exactly": found[bound:], "less than": found[bound - 1 :]}[relation]
     if surplus or len(found) >= bound:
         return not surplus, surplus or found
-    return relation == "less than", list(absence)
+    return relation == "less than", []
 
 
 def all_of(verdicts):
@@ -285,7 +280,8 @@ def number_sentences(text, num_sentences: COUNT, relation: RELATION):
     found = spans(SENTENCE_END, text, 1, flags=0)
     if re.search(rf"[^\s{CLOSERS}]", text[found[-1][1] if found else 0 :]):
         found += end_of(text)
-    return count_verdict(found, relation, num_sentences, absence=end_of(text))
+    satisfied, evidence = count_verdict(found, relation, num_sentences)
+    return satisfied, evidence or end_of(text)
 
 
 @verifier("length_constraints:number_words", "write {relation} {num_words} words")
@@ -328,9 +324,9 @@ def number_placeholders(text, num_placeholders: COUNT):
 @verifier("detectable_content:postscript", "add a postscript that starts with {postscript_marker}")
 def postscript(text, postscript_marker: TEXT):
     """The postscript's marker occurs, in any case."""
+    spaced = {"P.S.": r"[Pp]\.\s?[Ss]\.", "P.P.S": r"[Pp]\.\s?[Pp]\.\s?[Ss]"}
     marker = postscript_marker.strip()
-    patterns = {"P.S.": r"[Pp]\.\s?[Ss]\.", "P.P.S": r"[Pp]\.\s?[Pp]\.\s?[Ss]"}
-    pattern = patterns.get(marker, f"(?i:{re.escape(marker)})")
+    pattern = spaced.get(marker, f"(?i:{re.escape(marker)})")
     return count_verdict(spans(pattern, text, flags=0), "at least", 1)
 
 
@@ -455,10 +451,7 @@ def no_comma(text):
 
 
 def make_rubric(rubric_id, kwargs):
-    """A checked Rubric; kwargs that are null or belong to another instruction are left out.
-
-    Raises BadInput for an unknown id and for missing or wrong kwargs.
-    """
+    """A checked Rubric; kwargs that are null or of another instruction are left out. Raises BadInput."""
     if str(rubric_id) not in VERIFIERS:
         raise BadInput(f"unknown instruction id {rubric_id!r}; known are: {', '.join(sorted(VERIFIERS))}")
     if not isinstance(kwargs, dict):
@@ -487,12 +480,12 @@ def make_task(row):
     if not isinstance(row, dict):
         raise BadInput("must be a JSON object")
     json.dumps(row, ensure_ascii=False).encode()  # a ValueError for half a surrogate pair
-    fields = dict(prompt=str, instruction_id_list=list, kwargs=list, rubrics=list)
-    values = [kind() if row.get(name) is None else row[name] for name, kind in fields.items()]
-    for (name, kind), value in zip(fields.items(), values):
-        if not isinstance(value, kind):
+    fields = {}
+    for name, kind in dict(prompt=str, instruction_id_list=list, kwargs=list, rubrics=list).items():
+        fields[name] = kind() if row.get(name) is None else row[name]
+        if not isinstance(fields[name], kind):
             raise BadInput(f"{name!r} must be a {kind.__name__}")
-    prompt, ids, kwargs, criteria = values
+    prompt, ids, kwargs, criteria = fields.values()
     if not prompt or not all(map(is_text, criteria)):
         raise BadInput("'prompt' and each of 'rubrics' must be a text that is not empty")
     if len(ids) != len(kwargs):
@@ -527,9 +520,10 @@ def load_tasks(path_or_hub_id, split="train"):
             tasks.append(make_task(json.loads(row) if isinstance(row, bytes) else row))
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
-        except (ValueError, RecursionError) as error:  # json's own errors, and text that is not UTF-8
-            place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise BadInput(f"{where}: not JSON text: {getattr(error, 'msg', error)}{place}") from None
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{where}: not JSON text: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # text that is not UTF-8, a number too long, too deep
+            raise BadInput(f"{where}: not JSON text: {error}") from None
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
     return tasks
