@@ -77,7 +77,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -113,68 +113,79 @@ class BadInput(ValueError):
 # response ending where it does has the empty span (len, len): it stands for the end token.
 # ==================================================================================================
 
-Span = tuple[int, int]  # [start, end) in characters of the response
 JUDGED = "judge"  # the id of a rubric that is a criterion in words
 
 
 class Verdict(NamedTuple):
     satisfied: bool
-    evidence: list[Span]
+    evidence: list[tuple[int, int]]  # spans: [start, end) in characters of the response
 
 
-@dataclass(frozen=True)
-class Rubric:
+class Rubric(NamedTuple):
     id: str  # IFEval's instruction id, for example "keywords:existence", or JUDGED
     kwargs: dict  # its arguments, for example {"keywords": ["lamp"]}
     criterion: str  # the rubric in words: what the discriminator reads, and a judge
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     prompt: str
     rubrics: list[Rubric]
 
 
-class Verifier(NamedTuple):
-    check: Callable  # (text, **kwargs) -> (satisfied, evidence)
-    criterion: str  # the rubric in words, a template over the kwargs
-    kwargs: tuple[str, ...]  # the names of the kwargs, read off check's signature
-
-
-VERIFIERS: dict[str, Verifier] = {}
+VERIFIERS = {}  # by rubric id: a function (text, **kwargs) -> (satisfied, evidence), and its criterion
 
 
 def verifier(rubric_id, criterion):
-    """Register the decorated function (text, **kwargs) -> (satisfied, evidence) for `rubric_id`."""
+    """Register the decorated function for `rubric_id`. The criterion is a template over its kwargs."""
 
     def register(check):
-        names = tuple(inspect.signature(check).parameters)[1:]
-        VERIFIERS[rubric_id] = Verifier(check, criterion, names)
+        VERIFIERS[rubric_id] = check, criterion
         return check
 
     return register
 
 
 def verify(rubric, response, prompt=""):
-    """Verdict and evidence of one rubric on one response, as IFEval's strict verifiers see it.
+    """Verdict and evidence of one rubric on one response. Raises ValueError for a criterion in words.
 
-    Strict: an empty response satisfies nothing. `prompt` is for rubrics that refer to it; these do not.
-    Raises ValueError for a criterion in words.
+    As IFEval has it, an empty response satisfies nothing. `prompt` is for rubrics that refer to it.
     """
     if rubric.id == JUDGED:
         raise ValueError(f"no rule can verify {rubric.criterion!r}: it needs a judge")
     if not response.strip():
         return Verdict(False, end_of(response))
-    entry = VERIFIERS[rubric.id]
-    satisfied, evidence = entry.check(response, **{name: rubric.kwargs[name] for name in entry.kwargs})
+    check, _ = VERIFIERS[rubric.id]
+    satisfied, evidence = check(response, **rubric.kwargs)
     return Verdict(bool(satisfied), sorted(evidence))
 
 
 def needs_judge(rubric):
     """Must a model judge it? A criterion in words, and a language whose script is not its own alone."""
-    scripts = [script for _, script in LANGUAGES.values()]
     language = rubric.kwargs.get("language")
-    return rubric.id == JUDGED or language is not None and scripts.count(LANGUAGES[language][1]) > 1
+    return rubric.id == JUDGED or language is not None and ", " in SCRIPTS[LANGUAGES[language][1]]
+
+
+SCRIPTS = {  # how the Unicode names of its letters begin: the languages written in it, with IFEval's codes
+    "LATIN": "en English, es Spanish, pt Portuguese, fr French, de German, it Italian, pl Polish, "
+             "vi Vietnamese, sw Swahili, fi Finnish",
+    "CYRILLIC": "ru Russian, uk Ukrainian, bg Bulgarian", "ARABIC": "ar Arabic, ur Urdu, fa Persian",
+    "DEVANAGARI": "hi Hindi, ne Nepali, mr Marathi", "BENGALI": "bn Bengali", "GUJARATI": "gu Gujarati",
+    "GURMUKHI": "pa Punjabi", "TAMIL": "ta Tamil", "TELUGU": "te Telugu", "KANNADA": "kn Kannada",
+    "MALAYALAM": "ml Malayalam", "THAI": "th Thai", "HEBREW": "he Hebrew", "HANGUL": "ko Korean",
+    "CJK": "zh-cn Chinese", "HIRAGANA KATAKANA CJK": "ja Japanese",
+}  # fmt: skip
+PAIRS = [(*pair.split(), script) for script, pairs in SCRIPTS.items() for pair in pairs.split(", ")]
+LANGUAGES = {code: (name, script) for code, name, script in PAIRS}
+
+# What an argument of a verifier may be: in words, and as a test. A text says something.
+is_text = lambda value: isinstance(value, str) and bool(value.strip())
+TEXT = "a text that is not empty", is_text
+WORDS = "a list of words", lambda value: isinstance(value, list) and bool(value) and all(map(is_text, value))
+ONE_WORD = "a single word", lambda value: is_text(value) and not re.search(r"[\s.,?!'\"]", value)
+SIGN = "a single letter or sign", lambda value: is_text(value) and len(value) == 1
+COUNT = "a whole number of at least 1", lambda n: type(n) in (int, float) and n >= 1 and n % 1 == 0
+RELATION = '"at least" or "less than"', lambda value: value in ("at least", "less than")
+LANGUAGE = f"one of {', '.join(LANGUAGES)}", lambda value: is_text(value) and value in LANGUAGES
 
 
 def end_of(text):
@@ -187,16 +198,21 @@ def spans(pattern, text, group=0, flags=re.IGNORECASE | re.MULTILINE):
     return [match.span(group) for match in re.finditer(pattern, text, flags)]
 
 
-def count_verdict(found, relation, bound, absence=()):
+def count_verdict(found, relation, bound):
     """The verdict on "at least / less than / exactly `bound` things", given the spans of the things found.
 
-    Enough rests on all that were found, too many on the surplus; and where there are fewer than the
-    bound, the verdict rests on there being no more of them: `absence`.
+    Enough rests on all that were found, too many on the surplus, too few on no character.
     """
-    surplus = [] if relation == "at least" else found[bound - (relation == "less than") :]
-    if surplus:
-        return False, surplus
-    return (True, found) if len(found) >= bound else (relation == "less than", list(absence))
+    surplus = {"at least": [], "exactly": found[bound:], "less than": found[bound - 1 :]}[relation]
+    if len(found) < bound and not surplus:
+        return relation == "less than", []
+    return not surplus, surplus or found
+
+
+def all_of(verdicts):
+    """The verdict that all are satisfied. It rests on all of them, or on those that are not."""
+    satisfied = all(fine for fine, _ in verdicts)
+    return satisfied, sum((found for fine, found in verdicts if fine == satisfied), [])
 
 
 def divided(text, divider, parts):
@@ -209,49 +225,33 @@ def divided(text, divider, parts):
 
 
 @verifier("keywords:existence", "use the word {keywords}")
-def keywords_existence(text, keywords):
+def keywords_existence(text, keywords: WORDS):
     """Every keyword occurs, in any case, also inside a longer word."""
-    found = [spans(re.escape(word), text) for word in keywords]
-    return all(found), sum(found, []) if all(found) else []
+    return all_of([count_verdict(spans(re.escape(word), text), "at least", 1) for word in keywords])
 
 
 @verifier("keywords:forbidden_words", "do not use the word {forbidden_words}")
-def keywords_forbidden_words(text, forbidden_words):
+def keywords_forbidden_words(text, forbidden_words: WORDS):
     """No forbidden word occurs as a whole word."""
     found = sum((spans(rf"\b{re.escape(word)}\b", text) for word in forbidden_words), [])
-    return not found, found
+    return count_verdict(found, "less than", 1)
 
 
 @verifier("keywords:frequency", "use the word {keyword} {relation} {frequency} times")
-def keywords_frequency(text, keyword, frequency, relation):
+def keywords_frequency(text, keyword: TEXT, frequency: COUNT, relation: RELATION):
     """The keyword occurs at least / less than `frequency` times."""
     return count_verdict(spans(re.escape(keyword.strip()), text), relation, frequency)
 
 
 @verifier("keywords:letter_frequency", "use the letter {letter} {let_relation} {let_frequency} times")
-def letter_frequency(text, letter, let_frequency, let_relation):
+def letter_frequency(text, letter: SIGN, let_frequency: COUNT, let_relation: RELATION):
     """The letter, in any case, or the sign occurs at least / less than `let_frequency` times."""
     found = [(i, i + 1) for i, char in enumerate(text) if letter.lower() in char.lower()]
     return count_verdict(found, let_relation, let_frequency)
 
 
-LANGUAGES = {  # IFEval's codes: the name in English, and how the Unicode names of the letters begin
-    "en": ("English", "LATIN"), "es": ("Spanish", "LATIN"), "pt": ("Portuguese", "LATIN"),
-    "fr": ("French", "LATIN"), "de": ("German", "LATIN"), "it": ("Italian", "LATIN"),
-    "pl": ("Polish", "LATIN"), "vi": ("Vietnamese", "LATIN"), "sw": ("Swahili", "LATIN"),
-    "fi": ("Finnish", "LATIN"), "zh-cn": ("Chinese", "CJK"), "ja": ("Japanese", "HIRAGANA KATAKANA CJK"),
-    "ru": ("Russian", "CYRILLIC"), "uk": ("Ukrainian", "CYRILLIC"), "bg": ("Bulgarian", "CYRILLIC"),
-    "ar": ("Arabic", "ARABIC"), "ur": ("Urdu", "ARABIC"), "fa": ("Persian", "ARABIC"),
-    "hi": ("Hindi", "DEVANAGARI"), "ne": ("Nepali", "DEVANAGARI"), "mr": ("Marathi", "DEVANAGARI"),
-    "bn": ("Bengali", "BENGALI"), "gu": ("Gujarati", "GUJARATI"), "pa": ("Punjabi", "GURMUKHI"),
-    "ta": ("Tamil", "TAMIL"), "te": ("Telugu", "TELUGU"), "kn": ("Kannada", "KANNADA"),
-    "ml": ("Malayalam", "MALAYALAM"), "th": ("Thai", "THAI"), "he": ("Hebrew", "HEBREW"),
-    "ko": ("Korean", "HANGUL"),
-}  # fmt: skip
-
-
 @verifier("language:response_language", "respond entirely in {language}")
-def response_language(text, language):
+def response_language(text, language: LANGUAGE):
     """Half the letters or more are in the language's script. (IFEval asks a language detector.)"""
     scripts = tuple(LANGUAGES[language][1].split())
     names = [(i, unicodedata.name(char, "")) for i, char in enumerate(text) if char.isalpha()]
@@ -275,23 +275,24 @@ SENTENCE_END = rf"(?<!\S)(?!\S*(?:{NO_END}))\S*(?<![.!?])([.!?]+)(?=[\s{CLOSERS}
 
 
 @verifier("length_constraints:number_sentences", "write {relation} {num_sentences} sentences")
-def number_sentences(text, num_sentences, relation):
+def number_sentences(text, num_sentences: COUNT, relation: RELATION):
     """At least / less than so many sentences; a last one without a full stop counts."""
     found = spans(SENTENCE_END, text, 1, flags=0)
     if re.search(rf"[^\s{CLOSERS}]", text[found[-1][1] if found else 0 :]):
         found += end_of(text)
-    return count_verdict(found, relation, num_sentences, absence=end_of(text))
+    satisfied, evidence = count_verdict(found, relation, num_sentences)
+    return satisfied, evidence or end_of(text)
 
 
 @verifier("length_constraints:number_words", "write {relation} {num_words} words")
-def number_words(text, num_words, relation):
+def number_words(text, num_words: COUNT, relation: RELATION):
     """At least / less than so many words, each a run of letters, digits and underscores."""
-    enough = len(re.findall(r"\w+", text)) >= num_words
-    return enough == (relation == "at least"), end_of(text)
+    satisfied, _ = count_verdict(spans(r"\w+", text), relation, num_words)
+    return satisfied, end_of(text)
 
 
 @verifier("length_constraints:number_paragraphs", "write {num_paragraphs} paragraphs with *** in between")
-def number_paragraphs(text, num_paragraphs):
+def number_paragraphs(text, num_paragraphs: COUNT):
     """Exactly so many paragraphs with *** between them."""
     return divided(text, "***", num_paragraphs)
 
@@ -300,52 +301,50 @@ def number_paragraphs(text, num_paragraphs):
     "length_constraints:nth_paragraph_first_word",
     "write {num_paragraphs} paragraphs; paragraph {nth_paragraph} begins with the word {first_word}",
 )
-def nth_paragraph_first_word(text, num_paragraphs, nth_paragraph, first_word):
+def nth_paragraph_first_word(text, num_paragraphs: COUNT, nth_paragraph: COUNT, first_word: ONE_WORD):
     """Exactly so many paragraphs, an empty line between them; the nth begins with the word, in any case."""
-    ends, starts = zip(*spans("\n\n", text), (len(text), 0))
-    paragraphs = list(zip((0,) + starts[:-1], ends))
+    ends = spans(r"\n\n|\Z", text, flags=0)
+    paragraphs = [(a, b) for (_, a), (b, _) in zip([(0, 0), *ends], ends)]
     filled = [start for start, end in paragraphs if text[start:end].strip()]
-    counted = count_verdict([(start - 2, start) for start in filled[1:]], "exactly", num_paragraphs - 1)
     if nth_paragraph > len(filled):
-        return counted
+        return False, []
     word = re.compile(r"\s*'*\"*([^\s.,?!'\"]+|\S?)").match(text, *paragraphs[nth_paragraph - 1])
-    verdicts = [counted, (word[1].lower() == first_word.lower(), [word.span(1)])]
-    satisfied = all(fine for fine, _ in verdicts)
-    return satisfied, [(a, b) for fine, found in verdicts if fine == satisfied for a, b in found if a < b]
+    begins = word[1].lower() == first_word.lower(), [word.span(1)] if word[1] else []
+    breaks = [(start - 2, start) for start in filled[1:]]
+    return all_of([begins, count_verdict(breaks, "exactly", num_paragraphs - 1)])
 
 
 @verifier("detectable_content:number_placeholders", "use at least {num_placeholders} [placeholders]")
-def number_placeholders(text, num_placeholders):
+def number_placeholders(text, num_placeholders: COUNT):
     """At least so many times something stands [in brackets], on one line."""
     found = spans(r"\[[^\]\n]*\]?", text)  # with those that stay open, for speed
     return count_verdict([(a, b) for a, b in found if text[b - 1] == "]"], "at least", num_placeholders)
 
 
 @verifier("detectable_content:postscript", "add a postscript that starts with {postscript_marker}")
-def postscript(text, postscript_marker):
+def postscript(text, postscript_marker: TEXT):
     """The postscript's marker occurs, in any case."""
+    spaced = {"P.S.": r"[Pp]\.\s?[Ss]\.", "P.P.S": r"[Pp]\.\s?[Pp]\.\s?[Ss]"}
     marker = postscript_marker.strip()
-    pattern = {"P.S.": r"[Pp]\.\s?[Ss]\.", "P.P.S": r"[Pp]\.\s?[Pp]\.\s?[Ss]"}.get(marker)
-    found = spans(pattern, text, flags=0) if pattern else spans(re.escape(marker), text)
-    return bool(found), found
+    pattern = spaced.get(marker, f"(?i:{re.escape(marker)})")
+    return count_verdict(spans(pattern, text, flags=0), "at least", 1)
 
 
 @verifier("detectable_format:constrained_response", "say My answer is yes. or the same with no or maybe")
 def constrained_response(text):
     """One of the three sentences occurs."""
-    found = spans(r"My answer is (?:yes|no|maybe)\.", text, flags=0)
-    return bool(found), found
+    return count_verdict(spans(r"My answer is (?:yes|no|maybe)\.", text, flags=0), "at least", 1)
 
 
 @verifier("detectable_format:number_bullet_lists", "write exactly {num_bullets} bullet points")
-def number_bullet_lists(text, num_bullets):
+def number_bullet_lists(text, num_bullets: COUNT):
     """Exactly so many lines begin with * or -; the evidence is those marks, or the surplus ones."""
     found = sorted(spans(r"^[^\S\n]*(\*)[^*].*$", text, 1) + spans(r"^[^\S\n]*(-).*$", text, 1))
     return count_verdict(found, "exactly", num_bullets)
 
 
 @verifier("detectable_format:number_highlighted_sections", "*highlight* at least {num_highlights} sections")
-def number_highlighted_sections(text, num_highlights):
+def number_highlighted_sections(text, num_highlights: COUNT):
     """At least so many parts of lines stand between * and * or ** and **; the evidence is those marks."""
     found = [(n, *span) for n in (1, 2) for span in spans(rf"\*{{{n}}}[^\n*]*\*{{{n}}}", text)]
     marks = [mark for n, a, b in found if text[a + n : b - n].strip() for mark in ((a, a + n), (b - n, b))]
@@ -353,10 +352,10 @@ def number_highlighted_sections(text, num_highlights):
 
 
 @verifier("detectable_format:multiple_sections", "write {num_sections} sections marked {section_spliter} X")
-def multiple_sections(text, section_spliter, num_sections):
+def multiple_sections(text, section_spliter: TEXT, num_sections: COUNT):
     """At least so many times the word and a number occur."""
-    found = spans(re.escape(section_spliter.strip()) + r"\s?\d+", text, flags=0)
-    return count_verdict(found, "at least", num_sections)
+    pattern = re.escape(section_spliter.strip()) + r"\s?\d+"
+    return count_verdict(spans(pattern, text, flags=0), "at least", num_sections)
 
 
 @verifier("detectable_format:json_format", "write all of it as JSON")
@@ -375,12 +374,10 @@ def json_format(text):
 @verifier("detectable_format:title", "give it a title in double angular brackets")
 def title(text):
     """There is a title such as <<The Lamp>>: on one line, from its first << to its last >>, not empty."""
-    found = []
-    for line in re.finditer(r"[^\n]+", text):
-        first, last = line[0].find("<<"), line[0].rfind(">>")
-        if 0 <= first <= last - 3 and line[0][first : last + 2].lstrip("<").rstrip(">").strip():
-            found.append((line.start() + first, line.start() + last + 2))
-    return bool(found), found
+    # one pass, for speed; a line without >> is left with no more than a <
+    found = [(a, text.rfind(">>", a, b) + 2) for a, b in spans(r"<<[^\n]*", text)]
+    found = [(a, b) for a, b in found if text[a:b].lstrip("<").rstrip(">").strip()]
+    return count_verdict(found, "at least", 1)
 
 
 @verifier("combination:two_responses", "give two different responses, with ****** in between")
@@ -393,7 +390,7 @@ def two_responses(text):
 
 
 @verifier("combination:repeat_prompt", "first repeat word for word: {prompt_to_repeat}")
-def repeat_prompt(text, prompt_to_repeat):
+def repeat_prompt(text, prompt_to_repeat: TEXT):
     """The response begins with the prompt, in any case. Evidence: that, or the first change."""
     wanted, said = prompt_to_repeat.strip().lower(), text.strip().lower()
     start, same = len(text) - len(text.lstrip()), len(os.path.commonprefix([wanted, said]))
@@ -404,7 +401,7 @@ def repeat_prompt(text, prompt_to_repeat):
 
 
 @verifier("startend:end_checker", "end with the words {end_phrase}")
-def end_checker(text, end_phrase):
+def end_checker(text, end_phrase: TEXT):
     """The response ends with the phrase, in any case, white space and outer quotes aside."""
     body, phrase = text.strip().strip('"'), end_phrase.strip()
     if not body.lower().endswith(phrase.lower()):
@@ -417,21 +414,18 @@ def end_checker(text, end_phrase):
 def quotation(text):
     """The first and the last character are double quotation marks."""
     first, last = len(text) - len(text.lstrip()), len(text.rstrip()) - 1
-    opened, closed = text[first] == '"', text[last] == '"' and last > first
-    if opened and closed:
-        return True, [(first, first + 1), (last, last + 1)]
-    return False, ([] if opened else [(first, first + 1)]) + ([] if closed else end_of(text))
+    closed = text[last] == '"' and last > first
+    at_end = [(last, last + 1)] if closed else end_of(text)
+    return all_of([(text[first] == '"', [(first, first + 1)]), (closed, at_end)])
 
 
 # A word as IFEval's tokenizer (NLTK's) cuts it: IT'S and CANNOT are two words each, X-RAY is one.
-WORD = (
-    r"\bcan(?=not\b)|'?(?:[^\s\[\](){}<>\"“”„‘’«»`;@#$%&?!*‒–—―,:'.-]"
-    r"|[,:](?=\d)|\.(?!\.)|-(?!-)|'(?!(?:[smdt]|ll|re|ve)\b))+"
-)
+WORD = r"\bcan(?=not\b)|'?(?:[^\s\[\](){}<>\"“”„‘’«»`;@#$%&?!*‒–—―,:'.-]"
+WORD += r"|[,:](?=\d)|\.(?!\.)|-(?!-)|'(?!(?:[smdt]|ll|re|ve)\b))+"
 
 
 @verifier("change_case:capital_word_frequency", "capitalize {capital_relation} {capital_frequency} words")
-def capital_word_frequency(text, capital_frequency, capital_relation):
+def capital_word_frequency(text, capital_frequency: COUNT, capital_relation: RELATION):
     """At least / less than so many words have letters, and only capital ones."""
     found = [(a, b) for a, b in spans(WORD, text) if text[a:b].isupper()]
     return count_verdict(found, capital_relation, capital_frequency)
@@ -452,57 +446,32 @@ def english_lowercase(text):
 @verifier("punctuation:no_comma", "do not use commas")
 def no_comma(text):
     """There is no comma."""
-    found = spans(",", text)
-    return not found, found
-
-
-def is_text(value):
-    """A string that says something."""
-    return isinstance(value, str) and bool(value.strip())
-
-
-WORDS = "a list of words", lambda value: isinstance(value, list) and bool(value) and all(map(is_text, value))
-TEXT = "a text that is not empty", is_text
-SIGN = "a single letter or sign", lambda value: is_text(value) and len(value) == 1
-FIRST_WORD = "a single word", lambda value: is_text(value) and not re.search(r"[\s.,?!'\"]", value)
-COUNT = "a whole number of at least 1", lambda n: type(n) in (int, float) and n >= 1 and n % 1 == 0
-RELATION = '"at least" or "less than"', lambda value: value in ("at least", "less than")
-LANGUAGE = f"one of {', '.join(LANGUAGES)}", lambda value: is_text(value) and value in LANGUAGES
-# What each argument may be. IFEval uses a name for the same thing in all its instructions.
-KWARG_RULES = dict(
-    keywords=WORDS, forbidden_words=WORDS, keyword=TEXT, end_phrase=TEXT, postscript_marker=TEXT,
-    section_spliter=TEXT, prompt_to_repeat=TEXT, letter=SIGN, first_word=FIRST_WORD, language=LANGUAGE,
-    frequency=COUNT, let_frequency=COUNT, capital_frequency=COUNT, num_sentences=COUNT, num_words=COUNT,
-    num_paragraphs=COUNT, nth_paragraph=COUNT, num_placeholders=COUNT, num_bullets=COUNT,
-    num_highlights=COUNT, num_sections=COUNT, relation=RELATION, let_relation=RELATION,
-    capital_relation=RELATION,
-)  # fmt: skip
+    return count_verdict(spans(",", text), "less than", 1)
 
 
 def make_rubric(rubric_id, kwargs):
-    """A checked Rubric; kwargs that are null or belong to another instruction are left out.
-
-    Raises BadInput for an unknown id and for missing or wrong kwargs.
-    """
-    if not isinstance(rubric_id, str) or rubric_id not in VERIFIERS:
+    """A checked Rubric; kwargs that are null or of another instruction are left out. Raises BadInput."""
+    if str(rubric_id) not in VERIFIERS:
         raise BadInput(f"unknown instruction id {rubric_id!r}; known are: {', '.join(sorted(VERIFIERS))}")
     if not isinstance(kwargs, dict):
         raise BadInput(f"{rubric_id}: kwargs must be an object, not {json.dumps(kwargs)}")
-    entry, given = VERIFIERS[rubric_id], {k: v for k, v in kwargs.items() if v is not None}
-    for name in entry.kwargs:
-        allowed, rule = KWARG_RULES.get(name, ("any value", lambda v: True))
-        if name not in given:
+    (check, criterion), kept = VERIFIERS[rubric_id], {}
+    for name in [*inspect.signature(check).parameters][1:]:
+        allowed, fits = check.__annotations__.get(name, ("any value", lambda value: True))
+        value = kwargs.get(name)
+        if value is None:
             raise BadInput(f"{rubric_id}: kwargs lack {name!r}, {allowed}")
-        if not rule(given[name]):
-            raise BadInput(f"{rubric_id}: {name!r} must be {allowed}, not {json.dumps(given[name])}")
-    kept = {k: int(given[k]) if type(given[k]) is float else given[k] for k in entry.kwargs}  # 3.0 is 3
+        if not fits(value):
+            raise BadInput(f"{rubric_id}: {name!r} must be {allowed}, not {json.dumps(value)}")
+        kept[name] = int(value) if type(value) is float else value  # 3.0 is 3
     if kept.get("nth_paragraph", 0) > kept.get("num_paragraphs", 0):
         raise BadInput(f"{rubric_id}: 'nth_paragraph' must be at most 'num_paragraphs'")
     if rubric_id.startswith("length") and "less than" in kept.values() and 1 in kept.values():
         raise BadInput(f"{rubric_id}: no response has less than 1; an empty one satisfies nothing")
     words = {k: ", ".join(v) if isinstance(v, list) else v for k, v in kept.items()}
-    words |= {"language": LANGUAGES[kept["language"]][0]} if "language" in kept else {}
-    return Rubric(rubric_id, kept, entry.criterion.format(**words))
+    if "language" in kept:
+        words["language"], _ = LANGUAGES[kept["language"]]
+    return Rubric(rubric_id, kept, criterion.format(**words))
 
 
 def make_task(row):
@@ -510,20 +479,20 @@ def make_task(row):
     if not isinstance(row, dict):
         raise BadInput("must be a JSON object")
     json.dumps(row, ensure_ascii=False).encode()  # a ValueError for half a surrogate pair
-    given = {name: value for name, value in row.items() if value is not None}
-    row = dict(instruction_id_list=[], kwargs=[], rubrics=[]) | given
-    for name, kind in (("prompt", str), ("instruction_id_list", list), ("kwargs", list), ("rubrics", list)):
-        if not isinstance(row.get(name), kind):
+    fields = {}
+    for name, kind in dict(prompt=str, instruction_id_list=list, kwargs=list, rubrics=list).items():
+        fields[name] = kind() if row.get(name) is None else row[name]
+        if not isinstance(fields[name], kind):
             raise BadInput(f"{name!r} must be a {kind.__name__}")
-    ids, kwargs, criteria = row["instruction_id_list"], row["kwargs"], row["rubrics"]
-    if not row["prompt"] or not all(map(is_text, criteria)):
+    prompt, ids, kwargs, criteria = fields.values()
+    if not prompt or not all(map(is_text, criteria)):
         raise BadInput("'prompt' and each of 'rubrics' must be a text that is not empty")
     if len(ids) != len(kwargs):
         raise BadInput(f"{len(ids)} instruction ids but {len(kwargs)} kwargs; must be one for one")
     if not ids and not criteria:
         raise BadInput("no rubric; 'instruction_id_list' or 'rubrics' must hold at least one")
     judged = [Rubric(JUDGED, {}, criterion) for criterion in criteria]
-    return Task(row["prompt"], [make_rubric(i, k) for i, k in zip(ids, kwargs)] + judged)
+    return Task(prompt, [*map(make_rubric, ids, kwargs), *judged])
 
 
 def load_tasks(path_or_hub_id, split="train"):
@@ -550,9 +519,10 @@ def load_tasks(path_or_hub_id, split="train"):
             tasks.append(make_task(json.loads(row) if isinstance(row, bytes) else row))
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
-        except (ValueError, RecursionError) as error:  # json's own errors, and text that is not UTF-8
-            place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            raise BadInput(f"{where}: not JSON text: {getattr(error, 'msg', error)}{place}") from None
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{where}: not JSON text: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # text that is not UTF-8, a number too long, too deep
+            raise BadInput(f"{where}: not JSON text: {error}") from None
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
     return tasks
