@@ -1553,7 +1553,8 @@ def test_equal_seeds_give_equal_metrics_and_weights_and_others_do_not(folder, da
     [f"--loss {loss}" for loss in rtt.LOSSES]
     + [f"--partition {partition} --combine mix" for partition in rtt.PARTITIONS]
     + ["--relevance evidence --reward csr", "--relevance uniform", "--alpha 0", "--kl 0.1 --temperature 0.7"]
-    + ["--alpha 0 --gradient-checkpointing", "--micro-batch 1 --updates 2", "--clip 0.1 0.3 --eval-every 0 --show-every 0"],
+    + ["--alpha 0 --gradient-checkpointing", "--micro-batch 1 --updates 2"]
+    + ["--clip 0.1 0.3 --eval-every 0 --show-every 0"],
 )
 def test_every_variant_runs_and_has_a_discriminator_only_where_it_is_needed(folder, data, tmp_path, flags):
     row = train(folder, data, tmp_path / "run", *flags.split())[-1]
