@@ -41,24 +41,24 @@ policy; at 1, on policy), and the clip stops pushing once the ratio has left a s
 Run it:
 
     python rtt.py            the embedded default: minutes on a laptop's CPU, nothing is downloaded
-    python rtt.py --model Qwen/Qwen2.5-0.5B-Instruct --data FOLDER --max-new-tokens 512 \
-                  --lr 1e-6 --discriminator-lr 1e-5
+    python rtt.py --model Qwen2.5-0.5B    a model of the hub, on data/instructions: a GPU of 24 GB
     python rtt.py --help
 
 What is simplified, and where this differs from the papers:
-  - Rubrics are verified by rule, as in IFEval. RTT also has rubrics that only a model can judge.
+  - Rubrics are verified by rule where a rule can (IFEval's), else by a model that is asked for yes or no.
   - The discriminator learns online, from the verifiers' evidence on the policy's own rollouts, and
-    reads each criterion with its verdict. RTT trains it beforehand, on labelled data.
+    reads each criterion with its verdict. RTT trains it beforehand, on labelled data. A judge gives no
+    evidence: for criteria in words the discriminator relies on what it learned from the others.
   - `token_advantage` divides by std + 0.1, not by std (see there why). Its partition "verdict" is an
     addition: it is what TGC's cancellation condition asks of RTT's token channel.
-  - IFEval's english_lowercase also asks a language detector, its keywords are regular expressions,
-    its sentences are split by a trained model. Here: letters only, literal text, and a rule.
-  - One process, one device; Adam with a constant learning rate.
+  - IFEval asks a language detector, reads keywords as regular expressions, and splits sentences and
+    words with NLTK. Here: the script of the letters (and the judge, where languages share it), literal
+    text, and two rules. A letter may be a sign such as #, where IFEval draws another letter by chance.
+  - Adam with a constant learning rate; several GPUs share the prompts (torchrun), none shares a model.
 """
 
 import argparse
 import copy
-import errno
 import inspect
 import itertools
 import json
@@ -71,6 +71,7 @@ import resource
 import signal
 import sys
 import time
+import unicodedata
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,14 +86,8 @@ import transformers
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    DynamicCache,
-)
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -109,7 +104,8 @@ class BadInput(ValueError):
 # In: a data file; later a response.  Out: tasks (a prompt with its rubrics); later, for each rubric,
 # a verdict and its *evidence*, the characters of the response that are responsible for the verdict.
 # The verdict becomes the reward (section 3).  The evidence is what the token discriminator learns to
-# find (section 4).  The data schema and the verdicts are IFEval's (arXiv:2311.07911), strict.
+# find (section 4).  The data schema and the verdicts are IFEval's (arXiv:2311.07911), strict; a
+# criterion in words, which no program here can check, is a rubric of the id JUDGED.
 #
 # Evidence is what the verdict rests on, the characters whose change would flip it: the comma, the
 # keyword that is there, the bullets that are counted.  A verdict that rests on no character (a
@@ -118,6 +114,7 @@ class BadInput(ValueError):
 # ==================================================================================================
 
 Span = tuple[int, int]  # [start, end) in characters of the response
+JUDGED = "judge"  # the id of a rubric that is a criterion in words
 
 
 class Verdict(NamedTuple):
@@ -127,9 +124,9 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Rubric:
-    id: str  # IFEval's instruction id, for example "keywords:existence"
+    id: str  # IFEval's instruction id, for example "keywords:existence", or JUDGED
     kwargs: dict  # its arguments, for example {"keywords": ["lamp"]}
-    criterion: str  # the rubric in words: what the discriminator reads
+    criterion: str  # the rubric in words: what the discriminator reads, and a judge
 
 
 @dataclass(frozen=True)
@@ -145,11 +142,6 @@ class Verifier(NamedTuple):
 
 
 VERIFIERS: dict[str, Verifier] = {}
-JUDGED = "judge"
-
-
-def needs_judge(rubric):
-    return rubric.id == JUDGED
 
 
 def verifier(rubric_id, criterion):
@@ -167,12 +159,22 @@ def verify(rubric, response, prompt=""):
     """Verdict and evidence of one rubric on one response, as IFEval's strict verifiers see it.
 
     Strict: an empty response satisfies nothing. `prompt` is for rubrics that refer to it; these do not.
+    Raises ValueError for a criterion in words.
     """
+    if rubric.id == JUDGED:
+        raise ValueError(f"no rule can verify {rubric.criterion!r}: it needs a judge")
     if not response.strip():
         return Verdict(False, end_of(response))
     entry = VERIFIERS[rubric.id]
     satisfied, evidence = entry.check(response, **{name: rubric.kwargs[name] for name in entry.kwargs})
     return Verdict(bool(satisfied), sorted(evidence))
+
+
+def needs_judge(rubric):
+    """Must a model judge it? A criterion in words, and a language whose script is not its own alone."""
+    scripts = [script for _, script in LANGUAGES.values()]
+    language = rubric.kwargs.get("language")
+    return rubric.id == JUDGED or language is not None and scripts.count(LANGUAGES[language][1]) > 1
 
 
 def end_of(text):
@@ -185,16 +187,25 @@ def spans(pattern, text, group=0, flags=re.IGNORECASE | re.MULTILINE):
     return [match.span(group) for match in re.finditer(pattern, text, flags)]
 
 
-def count_verdict(found, relation, bound, absence):
-    """The verdict on "at least / less than `bound` things", given the spans of the things found.
+def count_verdict(found, relation, bound, absence=()):
+    """The verdict on "at least / less than / exactly `bound` things", given the spans of the things found.
 
-    "At least" rests on all that were found; "less than" is violated by the surplus; and where there
-    are fewer than the bound, the verdict rests on there being no more of them: `absence`.
+    Enough rests on all that were found, too many on the surplus; and where there are fewer than the
+    bound, the verdict rests on there being no more of them: `absence`.
     """
-    enough = len(found) >= bound
-    if relation == "at least":
-        return enough, found if enough else absence
-    return not enough, found[bound - 1 :] if enough else absence
+    surplus = [] if relation == "at least" else found[bound - (relation == "less than") :]
+    if surplus:
+        return False, surplus
+    return (True, found) if len(found) >= bound else (relation == "less than", list(absence))
+
+
+def divided(text, divider, parts):
+    """The verdict on "exactly so many parts, none empty, with `divider` between them (and at the ends)"."""
+    marks, filled = spans(re.escape(divider), text), [bool(part.strip()) for part in text.split(divider)]
+    doubled = [mark for mark, before in zip(marks[1:], filled[1:]) if not before]
+    if doubled or not any(filled):
+        return False, doubled or end_of(text)
+    return count_verdict(marks[1 - filled[0] : len(marks) - 1 + filled[-1]], "exactly", parts - 1)
 
 
 @verifier("keywords:existence", "use the word {keywords}")
@@ -214,19 +225,60 @@ def keywords_forbidden_words(text, forbidden_words):
 @verifier("keywords:frequency", "use the word {keyword} {relation} {frequency} times")
 def keywords_frequency(text, keyword, frequency, relation):
     """The keyword occurs at least / less than `frequency` times."""
-    return count_verdict(spans(re.escape(keyword.strip()), text), relation, frequency, absence=[])
+    return count_verdict(spans(re.escape(keyword.strip()), text), relation, frequency)
 
 
-# A run of . ! ? before white space or the end; a single dot after an abbreviation or initial is none.
-NO_ABBREVIATION = r"(?<!\b(?:Mr|Ms|Dr|St|vs))(?<!\b(?:Mrs|etc))(?<!\b[A-Z])(?<!\b[a-z]\.[a-z])"
-SENTENCE_END = rf"(?<![.!?])(?:[.!?]{{2,}}|[!?]|{NO_ABBREVIATION}\.)(?=[\"'”’)\]*]*(?:\s|$))"
+@verifier("keywords:letter_frequency", "use the letter {letter} {let_relation} {let_frequency} times")
+def letter_frequency(text, letter, let_frequency, let_relation):
+    """The letter, in any case, or the sign occurs at least / less than `let_frequency` times."""
+    found = [(i, i + 1) for i, char in enumerate(text) if letter.lower() in char.lower()]
+    return count_verdict(found, let_relation, let_frequency)
+
+
+LANGUAGES = {  # IFEval's codes: the name in English, and how the Unicode names of the letters begin
+    "en": ("English", "LATIN"), "es": ("Spanish", "LATIN"), "pt": ("Portuguese", "LATIN"),
+    "fr": ("French", "LATIN"), "de": ("German", "LATIN"), "it": ("Italian", "LATIN"),
+    "pl": ("Polish", "LATIN"), "vi": ("Vietnamese", "LATIN"), "sw": ("Swahili", "LATIN"),
+    "fi": ("Finnish", "LATIN"), "zh-cn": ("Chinese", "CJK"), "ja": ("Japanese", "HIRAGANA KATAKANA CJK"),
+    "ru": ("Russian", "CYRILLIC"), "uk": ("Ukrainian", "CYRILLIC"), "bg": ("Bulgarian", "CYRILLIC"),
+    "ar": ("Arabic", "ARABIC"), "ur": ("Urdu", "ARABIC"), "fa": ("Persian", "ARABIC"),
+    "hi": ("Hindi", "DEVANAGARI"), "ne": ("Nepali", "DEVANAGARI"), "mr": ("Marathi", "DEVANAGARI"),
+    "bn": ("Bengali", "BENGALI"), "gu": ("Gujarati", "GUJARATI"), "pa": ("Punjabi", "GURMUKHI"),
+    "ta": ("Tamil", "TAMIL"), "te": ("Telugu", "TELUGU"), "kn": ("Kannada", "KANNADA"),
+    "ml": ("Malayalam", "MALAYALAM"), "th": ("Thai", "THAI"), "he": ("Hebrew", "HEBREW"),
+    "ko": ("Korean", "HANGUL"),
+}  # fmt: skip
+
+
+@verifier("language:response_language", "respond entirely in {language}")
+def response_language(text, language):
+    """Half the letters or more are in the language's script. (IFEval asks a language detector.)"""
+    scripts = tuple(LANGUAGES[language][1].split())
+    names = [(i, unicodedata.name(char, "")) for i, char in enumerate(text) if char.isalpha()]
+    own = [(i, i + 1) for i, name in names if name.startswith(scripts)]
+    foreign = [(i, i + 1) for i, name in names if not name.startswith(scripts)]
+    typical = any(name.startswith(scripts[0]) for _, name in names)  # Japanese has kana, Chinese none
+    satisfied = typical and len(foreign) <= len(own)
+    return satisfied, own if satisfied else foreign
+
+
+# Where a sentence ends, much as IFEval's trained splitter (NLTK's punkt) has it: at the last . ! ? or run of
+# them in a stretch without white space, before white space, a bracket or a quotation mark. No end: dots or an
+# abbreviation, unless a word that often begins sentences follows; an initial; 1. or A. before a small letter.
+ABBREVIATIONS = r"Mr|Mrs|Ms|Dr|St|vs|Prof|Gen|Sen|Rep|Lt|Col|Jan|Feb|Aug|Sep|Sept|Oct|Nov|Dec|Inc|Ltd|Co"
+ABBREVIATIONS += r"|Corp|Bros|Jr|Sr|U\.S|U\.K|a\.m|p\.m|Ph\.D|D\.C|J\.P"
+STARTERS = r"(?=[A-Z])(?i:the|this|these|there|they|it|I|he|her|so|but|if|in|when|while|however|some|many)\b"
+CLOSERS, TOKEN = r"\"')\]}‘’“”«»", r"(?<![\w.'’])"
+NO_END = rf"(?:\.\.|{TOKEN}(?i:{ABBREVIATIONS})\.)(?=\s)(?!\s+{STARTERS})"
+NO_END += rf"|{TOKEN}(?i:[c-hk-nprstvw])\.(?=\s)|(?:{TOKEN}[a-zA-Z]|(?<![a-zA-Z])\d)\.\s+[a-z]"
+SENTENCE_END = rf"(?<!\S)(?!\S*(?:{NO_END}))\S*(?<![.!?])([.!?]+)(?=[\s{CLOSERS}(\[{{:;@*]|$)"
 
 
 @verifier("length_constraints:number_sentences", "write {relation} {num_sentences} sentences")
 def number_sentences(text, num_sentences, relation):
     """At least / less than so many sentences; a last one without a full stop counts."""
-    found = spans(SENTENCE_END, text, flags=0)
-    if re.search(r"\w", text[found[-1][1] if found else 0 :]):
+    found = spans(SENTENCE_END, text, 1, flags=0)
+    if re.search(rf"[^\s{CLOSERS}]", text[found[-1][1] if found else 0 :]):
         found += end_of(text)
     return count_verdict(found, relation, num_sentences, absence=end_of(text))
 
@@ -238,11 +290,117 @@ def number_words(text, num_words, relation):
     return enough == (relation == "at least"), end_of(text)
 
 
-@verifier("punctuation:no_comma", "do not use commas")
-def no_comma(text):
-    """There is no comma."""
-    found = spans(",", text)
-    return not found, found
+@verifier("length_constraints:number_paragraphs", "write {num_paragraphs} paragraphs with *** in between")
+def number_paragraphs(text, num_paragraphs):
+    """Exactly so many paragraphs with *** between them."""
+    return divided(text, "***", num_paragraphs)
+
+
+@verifier(
+    "length_constraints:nth_paragraph_first_word",
+    "write {num_paragraphs} paragraphs; paragraph {nth_paragraph} begins with the word {first_word}",
+)
+def nth_paragraph_first_word(text, num_paragraphs, nth_paragraph, first_word):
+    """Exactly so many paragraphs, an empty line between them; the nth begins with the word, in any case."""
+    ends, starts = zip(*spans("\n\n", text), (len(text), 0))
+    paragraphs = list(zip((0,) + starts[:-1], ends))
+    filled = [start for start, end in paragraphs if text[start:end].strip()]
+    counted = count_verdict([(start - 2, start) for start in filled[1:]], "exactly", num_paragraphs - 1)
+    if nth_paragraph > len(filled):
+        return counted
+    word = re.compile(r"\s*'*\"*([^\s.,?!'\"]+|\S?)").match(text, *paragraphs[nth_paragraph - 1])
+    verdicts = [counted, (word[1].lower() == first_word.lower(), [word.span(1)])]
+    satisfied = all(fine for fine, _ in verdicts)
+    return satisfied, [(a, b) for fine, found in verdicts if fine == satisfied for a, b in found if a < b]
+
+
+@verifier("detectable_content:number_placeholders", "use at least {num_placeholders} [placeholders]")
+def number_placeholders(text, num_placeholders):
+    """At least so many times something stands [in brackets], on one line."""
+    found = spans(r"\[[^\]\n]*\]?", text)  # with those that stay open, for speed
+    return count_verdict([(a, b) for a, b in found if text[b - 1] == "]"], "at least", num_placeholders)
+
+
+@verifier("detectable_content:postscript", "add a postscript that starts with {postscript_marker}")
+def postscript(text, postscript_marker):
+    """The postscript's marker occurs, in any case."""
+    marker = postscript_marker.strip()
+    pattern = {"P.S.": r"[Pp]\.\s?[Ss]\.", "P.P.S": r"[Pp]\.\s?[Pp]\.\s?[Ss]"}.get(marker)
+    found = spans(pattern, text, flags=0) if pattern else spans(re.escape(marker), text)
+    return bool(found), found
+
+
+@verifier("detectable_format:constrained_response", "say My answer is yes. or the same with no or maybe")
+def constrained_response(text):
+    """One of the three sentences occurs."""
+    found = spans(r"My answer is (?:yes|no|maybe)\.", text, flags=0)
+    return bool(found), found
+
+
+@verifier("detectable_format:number_bullet_lists", "write exactly {num_bullets} bullet points")
+def number_bullet_lists(text, num_bullets):
+    """Exactly so many lines begin with * or -; the evidence is those marks, or the surplus ones."""
+    found = sorted(spans(r"^[^\S\n]*(\*)[^*].*$", text, 1) + spans(r"^[^\S\n]*(-).*$", text, 1))
+    return count_verdict(found, "exactly", num_bullets)
+
+
+@verifier("detectable_format:number_highlighted_sections", "*highlight* at least {num_highlights} sections")
+def number_highlighted_sections(text, num_highlights):
+    """At least so many parts of lines stand between * and * or ** and **; the evidence is those marks."""
+    found = [(n, *span) for n in (1, 2) for span in spans(rf"\*{{{n}}}[^\n*]*\*{{{n}}}", text)]
+    marks = [mark for n, a, b in found if text[a + n : b - n].strip() for mark in ((a, a + n), (b - n, b))]
+    return count_verdict(marks, "at least", 2 * num_highlights)
+
+
+@verifier("detectable_format:multiple_sections", "write {num_sections} sections marked {section_spliter} X")
+def multiple_sections(text, section_spliter, num_sections):
+    """At least so many times the word and a number occur."""
+    found = spans(re.escape(section_spliter.strip()) + r"\s?\d+", text, flags=0)
+    return count_verdict(found, "at least", num_sections)
+
+
+@verifier("detectable_format:json_format", "write all of it as JSON")
+def json_format(text):
+    """All is JSON, a markdown fence around it aside. The evidence: its two ends, or where it goes wrong."""
+    body = re.sub(r"^```(json|Json|JSON)?|```$", "", text.strip()).strip()
+    start, end = text.rindex(body), text.rindex(body) + len(body)
+    try:
+        json.loads(body)
+        return True, {(start, start + 1), (end - 1, end)}
+    except (ValueError, RecursionError) as error:
+        place = start + getattr(error, "pos", 0)
+        return False, [(place, place + 1)] if place < end else end_of(text)
+
+
+@verifier("detectable_format:title", "give it a title in double angular brackets")
+def title(text):
+    """There is a title such as <<The Lamp>>: on one line, from its first << to its last >>, not empty."""
+    found = []
+    for line in re.finditer(r"[^\n]+", text):
+        first, last = line[0].find("<<"), line[0].rfind(">>")
+        if 0 <= first <= last - 3 and line[0][first : last + 2].lstrip("<").rstrip(">").strip():
+            found.append((line.start() + first, line.start() + last + 2))
+    return bool(found), found
+
+
+@verifier("combination:two_responses", "give two different responses, with ****** in between")
+def two_responses(text):
+    """Two responses with ****** between them, that are not the same."""
+    parts = [part.strip() for part in text.split("******") if part.strip()]
+    if len(parts) == 2 and parts[0] == parts[1]:
+        return False, [(text.rindex(parts[1]), len(text.rstrip()))]
+    return divided(text, "******", 2)
+
+
+@verifier("combination:repeat_prompt", "first repeat word for word: {prompt_to_repeat}")
+def repeat_prompt(text, prompt_to_repeat):
+    """The response begins with the prompt, in any case. Evidence: that, or the first change."""
+    wanted, said = prompt_to_repeat.strip().lower(), text.strip().lower()
+    start, same = len(text) - len(text.lstrip()), len(os.path.commonprefix([wanted, said]))
+    if same == len(wanted):
+        return True, [(start, min(start + same, len(text)))]
+    place = min(start + same, len(text) - 1)
+    return False, end_of(text) if same == len(said) else [(place, place + 1)]
 
 
 @verifier("startend:end_checker", "end with the words {end_phrase}")
@@ -265,39 +423,37 @@ def quotation(text):
     return False, ([] if opened else [(first, first + 1)]) + ([] if closed else end_of(text))
 
 
+# A word as IFEval's tokenizer (NLTK's) cuts it: IT'S and CANNOT are two words each, X-RAY is one.
+WORD = (
+    r"\bcan(?=not\b)|'?(?:[^\s\[\](){}<>\"“”„‘’«»`;@#$%&?!*‒–—―,:'.-]"
+    r"|[,:](?=\d)|\.(?!\.)|-(?!-)|'(?!(?:[smdt]|ll|re|ve)\b))+"
+)
+
+
+@verifier("change_case:capital_word_frequency", "capitalize {capital_relation} {capital_frequency} words")
+def capital_word_frequency(text, capital_frequency, capital_relation):
+    """At least / less than so many words have letters, and only capital ones."""
+    found = [(a, b) for a, b in spans(WORD, text) if text[a:b].isupper()]
+    return count_verdict(found, capital_relation, capital_frequency)
+
+
+@verifier("change_case:english_capital", "write in capital letters only")
+def english_capital(text):
+    """There are letters, and only capital ones."""
+    return text.isupper(), [(i, i + 1) for i, c in enumerate(text) if c != c.upper() or c.islower()]
+
+
 @verifier("change_case:english_lowercase", "write in lowercase letters only")
 def english_lowercase(text):
     """There are letters, and no capital among them."""
     return text.islower(), [(i, i + 1) for i, char in enumerate(text) if char.isupper() or char.istitle()]
 
 
-@verifier("detectable_content:postscript", "add a postscript that starts with {postscript_marker}")
-def postscript(text, postscript_marker):
-    """The postscript's marker occurs, in any case."""
-    marker = postscript_marker.strip()
-    pattern = {"P.S.": r"[Pp]\.\s?[Ss]\.", "P.P.S": r"[Pp]\.\s?[Pp]\.\s?[Ss]"}.get(marker)
-    found = spans(pattern, text, flags=0) if pattern else spans(re.escape(marker), text)
-    return bool(found), found
-
-
-@verifier("detectable_format:title", "give it a title in double angular brackets")
-def title(text):
-    """There is a title such as <<The Lamp>>: on one line, from its first << to its last >>, not empty."""
-    found = []
-    for line in re.finditer(r"[^\n]+", text):
-        first, last = line[0].find("<<"), line[0].rfind(">>")
-        if 0 <= first <= last - 3 and line[0][first : last + 2].lstrip("<").rstrip(">").strip():
-            found.append((line.start() + first, line.start() + last + 2))
-    return bool(found), found
-
-
-@verifier("detectable_format:number_bullet_lists", "write exactly {num_bullets} bullet points")
-def number_bullet_lists(text, num_bullets):
-    """Exactly so many lines begin with * or -; the evidence is those marks, or the surplus ones."""
-    found = sorted(spans(r"^[^\S\n]*(\*)[^*].*$", text, 1) + spans(r"^[^\S\n]*(-).*$", text, 1))
-    if len(found) < num_bullets:
-        return False, []
-    return len(found) == num_bullets, found[num_bullets:] or found
+@verifier("punctuation:no_comma", "do not use commas")
+def no_comma(text):
+    """There is no comma."""
+    found = spans(",", text)
+    return not found, found
 
 
 def is_text(value):
@@ -307,12 +463,19 @@ def is_text(value):
 
 WORDS = "a list of words", lambda value: isinstance(value, list) and bool(value) and all(map(is_text, value))
 TEXT = "a text that is not empty", is_text
-COUNT = "a whole number of at least 1", lambda value: type(value) is int and value >= 1
+SIGN = "a single letter or sign", lambda value: is_text(value) and len(value) == 1
+FIRST_WORD = "a single word", lambda value: is_text(value) and not re.search(r"[\s.,?!'\"]", value)
+COUNT = "a whole number of at least 1", lambda n: type(n) in (int, float) and n >= 1 and n % 1 == 0
 RELATION = '"at least" or "less than"', lambda value: value in ("at least", "less than")
+LANGUAGE = f"one of {', '.join(LANGUAGES)}", lambda value: is_text(value) and value in LANGUAGES
 # What each argument may be. IFEval uses a name for the same thing in all its instructions.
 KWARG_RULES = dict(
     keywords=WORDS, forbidden_words=WORDS, keyword=TEXT, end_phrase=TEXT, postscript_marker=TEXT,
-    frequency=COUNT, num_sentences=COUNT, num_words=COUNT, num_bullets=COUNT, relation=RELATION,
+    section_spliter=TEXT, prompt_to_repeat=TEXT, letter=SIGN, first_word=FIRST_WORD, language=LANGUAGE,
+    frequency=COUNT, let_frequency=COUNT, capital_frequency=COUNT, num_sentences=COUNT, num_words=COUNT,
+    num_paragraphs=COUNT, nth_paragraph=COUNT, num_placeholders=COUNT, num_bullets=COUNT,
+    num_highlights=COUNT, num_sections=COUNT, relation=RELATION, let_relation=RELATION,
+    capital_relation=RELATION,
 )  # fmt: skip
 
 
@@ -332,8 +495,13 @@ def make_rubric(rubric_id, kwargs):
             raise BadInput(f"{rubric_id}: kwargs lack {name!r}, {allowed}")
         if not rule(given[name]):
             raise BadInput(f"{rubric_id}: {name!r} must be {allowed}, not {json.dumps(given[name])}")
-    kept = {name: given[name] for name in entry.kwargs}
+    kept = {k: int(given[k]) if type(given[k]) is float else given[k] for k in entry.kwargs}  # 3.0 is 3
+    if kept.get("nth_paragraph", 0) > kept.get("num_paragraphs", 0):
+        raise BadInput(f"{rubric_id}: 'nth_paragraph' must be at most 'num_paragraphs'")
+    if rubric_id.startswith("length") and "less than" in kept.values() and 1 in kept.values():
+        raise BadInput(f"{rubric_id}: no response has less than 1; an empty one satisfies nothing")
     words = {k: ", ".join(v) if isinstance(v, list) else v for k, v in kept.items()}
+    words |= {"language": LANGUAGES[kept["language"]][0]} if "language" in kept else {}
     return Rubric(rubric_id, kept, entry.criterion.format(**words))
 
 
@@ -342,19 +510,27 @@ def make_task(row):
     if not isinstance(row, dict):
         raise BadInput("must be a JSON object")
     json.dumps(row, ensure_ascii=False).encode()  # a ValueError for half a surrogate pair
-    for name, kind in (("prompt", str), ("instruction_id_list", list), ("kwargs", list)):
-        if not isinstance(row.get(name), kind) or not row[name]:
-            raise BadInput(f"{name!r} must be a {kind.__name__} that is not empty")
-    ids, kwargs = row["instruction_id_list"], row["kwargs"]
+    given = {name: value for name, value in row.items() if value is not None}
+    row = dict(instruction_id_list=[], kwargs=[], rubrics=[]) | given
+    for name, kind in (("prompt", str), ("instruction_id_list", list), ("kwargs", list), ("rubrics", list)):
+        if not isinstance(row.get(name), kind):
+            raise BadInput(f"{name!r} must be a {kind.__name__}")
+    ids, kwargs, criteria = row["instruction_id_list"], row["kwargs"], row["rubrics"]
+    if not row["prompt"] or not all(map(is_text, criteria)):
+        raise BadInput("'prompt' and each of 'rubrics' must be a text that is not empty")
     if len(ids) != len(kwargs):
         raise BadInput(f"{len(ids)} instruction ids but {len(kwargs)} kwargs; must be one for one")
-    return Task(row["prompt"], [make_rubric(i, k) for i, k in zip(ids, kwargs)])
+    if not ids and not criteria:
+        raise BadInput("no rubric; 'instruction_id_list' or 'rubrics' must hold at least one")
+    judged = [Rubric(JUDGED, {}, criterion) for criterion in criteria]
+    return Task(row["prompt"], [make_rubric(i, k) for i, k in zip(ids, kwargs)] + judged)
 
 
 def load_tasks(path_or_hub_id, split="train"):
     """The tasks of a .jsonl file, of `split`.jsonl in a folder, or of a data set of that name on the hub.
 
-    One JSON object a line, with IFEval's fields `prompt`, `instruction_id_list` and `kwargs`.
+    One JSON object a line, with IFEval's fields `prompt`, `instruction_id_list` and `kwargs`, and with
+    `rubrics`, a list of criteria in words for a judge; either of the two kinds of rubric may be absent.
     Raises BadInput, naming file and line, for the first row that is wrong, and for an empty set.
     """
     path = Path(path_or_hub_id)
@@ -464,6 +640,21 @@ def draw(logp, uniform):
     return token.squeeze(1).clamp(max=logp.shape[-1] - 1)
 
 
+def prefill(model, ids, mask, owner):
+    """Compute prompts, ids and mask [P, L], once for all rows that continue them; owner [N]: whose row it is.
+
+    Returns logits [N, V] of the next token, and the cache of N rows. Gradients flow through both.
+    Raises ValueError with gradient checkpointing: layers that run twice cannot fill a cache.
+    """
+    cache = DynamicCache()
+    inputs = dict(attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True)
+    logits = model(ids, logits_to_keep=1, **inputs).logits[:, -1]  # [P, V]
+    if cache.get_seq_length() != ids.shape[1]:
+        raise ValueError("gradient checkpointing keeps the cache empty: group_size must be 1")
+    cache.batch_select_indices(owner)  # P -> N rows
+    return logits[owner], cache
+
+
 @torch.no_grad()
 def sample(
     model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None, static=None
@@ -472,61 +663,58 @@ def sample(
 
     prompts: P lists of token ids. end_ids: tokens that end a response (several are fine).
     seeds: one integer a prompt; a prompt's samples depend on its seed and on nothing else in the batch.
-    Each prompt is prefilled once and its cache copied to its group. Responses that have ended leave
-    the batch; where static, they stay, and every step has the same shapes: on CUDA, where that is the
-    default, it is recorded once as a graph, since launching its kernels one by one takes longer than they do.
+    Responses that have ended leave the batch. Where static they stay, so that every step has the same shapes:
+    on CUDA, where that is the default, a step is recorded as a graph: launching it op by op takes longer.
     """
     model.eval()  # no dropout; section 7 turns training mode on again
-    device, L, N = model.device, max(map(len, prompts)), len(prompts) * group_size
+    device, shape = model.device, (group_size, max_new_tokens)
     static = device.type == "cuda" and model._can_compile_fullgraph if static is None else static
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
-    shape, generators = (group_size, max_new_tokens), [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = torch.cat([torch.rand(shape, generator=g) for g in generators]).to(device)  # [N, T]
     ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
 
     prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # [P, L]
-    cache = DynamicCache()
-    inputs = dict(attention_mask=prompt_mask, position_ids=positions(prompt_mask), past_key_values=cache)
-    logits = model(prompt_ids, logits_to_keep=1, **inputs).logits[:, -1]  # [P, V]
-    logits = logits.repeat_interleave(group_size, 0)  # [N, V]
-    cache.batch_repeat_interleave(group_size)  # P -> N rows
-    cache = fixed_size(cache, L + max_new_tokens) if static else cache
-    lengths = prompt_mask.sum(1, keepdim=True).repeat_interleave(group_size, 0)  # [N, 1]
-    attention = F.pad(
-        prompt_mask.repeat_interleave(group_size, 0), (0, max_new_tokens), value=1
-    )  # [N, L + T]
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [N]
+    logits, cache = prefill(model, prompt_ids, prompt_mask, owner)  # [N, V]
+    lengths = prompt_mask.sum(1, keepdim=True)[owner]  # [N, 1]
+    attention = F.pad(prompt_mask[owner], (0, max_new_tokens), value=1)  # [N, L + T]
+    cache = fixed_size(cache, attention.shape[1]) if static else cache
+    alive = torch.arange(len(owner), device=device)  # rows in the batch
+    ids = torch.full_like(uniform, pad_id, dtype=torch.long)
+    logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
 
-    def step(token, place):
-        """token, place (its position in its row): [alive, 1] -> logits [alive, V] of the next."""
-        seen = attention if static else attention[:, : L + t + 1]  # static: causality hides the empty slots
+    def step(token, place):  # both [alive, 1] -> logits [alive, V]
+        seen = (
+            attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
+        )  # causality hides empty slots
         return model(token, attention_mask=seen, position_ids=place, past_key_values=cache).logits[:, -1]
 
-    ids = torch.full((N, max_new_tokens), pad_id, device=device)
-    logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
-    alive = torch.arange(N, device=device)  # rows that are in the batch
     for t in range(max_new_tokens):
         logp = (logits.float() / temperature).log_softmax(-1)  # [alive, V]
         token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
         ids[alive, t], logprobs[alive, t] = token[:, 0], logp.gather(1, token)[:, 0]
         entropy[alive, t] = -(logp.exp() * logp).sum(-1)
-        if t + 1 == max_new_tokens:
-            break
         if not static or t % 16 == 0:  # to look who has ended, the host must wait for the device
             going = (~torch.isin(ids[alive, : t + 1], ends).any(1)).nonzero()[:, 0]
-            if not len(going):
-                break
             if not static and len(going) < len(alive):
                 alive, token, lengths, attention = (x[going] for x in (alive, token, lengths, attention))
                 cache.batch_select_indices(going)
+        if not len(going) or t + 1 == max_new_tokens:
+            break
         if static and device.type == "cuda" and t == 1:  # the step before has warmed everything up
             step = recorded(step, token, lengths + t)
-        logits = step(token, lengths + t)  # [alive, V]
+        logits = step(token, lengths + t)
     ended = torch.isin(ids, ends).cumsum(1)  # [N, T] 1 from the end token on
-    mask = F.pad(ended[:, :-1], (1, 0)) == 0  # [N, T] the end token included
-    mask, used = mask.long(), slice(0, int(mask.sum(1).max()))
-    ids, logprobs, entropy = ids.masked_fill(mask == 0, pad_id), logprobs * mask, entropy * mask
-    rows = (x[:, used] for x in (ids, mask, logprobs, entropy))
-    return Rollout(prompt_ids, prompt_mask, *rows, truncated=ended[:, -1] == 0)
+    mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
+    used = slice(0, int(mask.sum(1).max()))
+    rows = (
+        ids.masked_fill(mask == 0, pad_id),
+        mask,
+        logprobs * mask,
+        entropy * mask,
+    )  # static: ended rows went on
+    return Rollout(prompt_ids, prompt_mask, *(x[:, used] for x in rows), truncated=ended[:, -1] == 0)
 
 
 class FixedLayer(StaticLayer):
@@ -603,34 +791,29 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 
     ids, attention_mask: [N, L + T], prompts left-padded to L, responses right-padded to T.
     group_size: G > 1 consecutive rows share their prompt. It is computed once for all of them and predicts
-    their first token; the responses, shifted by one, predict the rest from its cache, through which their
-    gradients flow back. Not with gradient checkpointing (ValueError): layers that run again in the backward
-    pass cannot write to a cache. Logits exist only at response tokens.
+    their first token; the responses, shifted by one, predict the rest from its cache (see `prefill`).
+    Logits exist only at response tokens.
     """
     T, L, G = num_response_tokens, ids.shape[1] - num_response_tokens, group_size
     place, mask, targets = positions(attention_mask), attention_mask[:, L:].bool(), ids[:, L:]
+    blank = torch.zeros(mask.shape, device=ids.device)  # [N, T]
     if G == 1:
         inputs = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, :-1], use_cache=False)
         with head_at(model, F.pad(mask, (L - 1, 0))):  # a token is predicted at the place before its own
             logits = model(ids[:, :-1], **inputs).logits  # [M, V]
-        chosen = chosen_logprobs(logits, targets[mask], temperature)
-        return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, chosen)  # [N, T]
-    cache = dict(past_key_values=DynamicCache(), use_cache=True)
-    prompt = dict(attention_mask=attention_mask[::G, :L], position_ids=place[::G, :L], **cache)
-    logits = model(ids[::G, :L], logits_to_keep=1, **prompt).logits[:, -1]  # [N/G, V]
-    if cache["past_key_values"].get_seq_length() != L:
-        raise ValueError("gradient checkpointing keeps the cache empty: group_size must be 1")
-    first = chosen_logprobs(logits.repeat_interleave(G, 0), targets[:, 0], temperature)[:, None]
-    first = first.masked_fill(~mask[:, :1], 0.0)  # [N, 1]
+        return blank.masked_scatter(mask, chosen_logprobs(logits, targets[mask], temperature))
+    owner = torch.arange(len(ids), device=ids.device) // G  # [N]
+    logits, cache = prefill(model, ids[::G, :L], attention_mask[::G, :L], owner)  # [N, V]
+    first = chosen_logprobs(logits, targets[:, 0], temperature).masked_fill(~mask[:, 0], 0.0)[
+        :, None
+    ]  # [N, 1]
     if T == 1:
         return first
-    cache["past_key_values"].batch_repeat_interleave(G)  # N / G -> N rows
-    shifted = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1], **cache)
+    inputs = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1], past_key_values=cache)
     with head_at(model, mask[:, 1:]):
-        logits = model(targets[:, :-1], **shifted).logits  # [M, V]
-    chosen = chosen_logprobs(logits, targets[:, 1:][mask[:, 1:]], temperature)  # [M]
-    rest = torch.zeros_like(first).expand(-1, T - 1).masked_scatter(mask[:, 1:], chosen)
-    return torch.cat([first, rest], 1)  # [N, T]
+        logits = model(targets[:, :-1], **inputs).logits  # [M, V]
+    rest = chosen_logprobs(logits, targets[:, 1:][mask[:, 1:]], temperature)  # [M]
+    return torch.cat([first, blank[:, 1:].masked_scatter(mask[:, 1:], rest)], 1)  # [N, T]
 
 
 # ==================================================================================================
@@ -638,7 +821,8 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 #
 # In: a rollout and its tasks.  Out: verdicts [N, K] in {+1, -1}, the evidence as a relevance [N, K, T], and
 # one reward a response.  Prompts have different numbers of rubrics: K is the largest in the batch, and a
-# verdict of 0 means "no such rubric"; every function that sums over rubrics leaves those out.
+# verdict of 0 means "no such rubric"; every function that sums over rubrics leaves those out.  What no rule
+# can verify, a model judges (RTT): is "yes" its likelier answer to whether the response meets the criterion?
 # ==================================================================================================
 
 
@@ -672,17 +856,20 @@ def token_spans(tokenizer, responses):
             ends = [0, *itertools.accumulate(map(len, parts))]
             tokens.append(list(zip(ends, ends[1:])))
             continue
-        row, whole, done = (
+        row, whole, base, done = (
             [],
             0,
             0,
-        )  # the first `whole` tokens write the first `done` characters, to the last bit
+            0,
+        )  # the first `whole` tokens write just the first `base` characters
         for t in range(1, len(ids) + 1):
             piece = decode(ids[whole:t])
-            complete = min(done + len(piece.rstrip("\ufffd")), len(text))
-            row.append((min(done, len(text)), min(complete + piece.endswith("\ufffd"), len(text))))
-            if not piece.endswith("\ufffd"):
-                whole, done = t, complete
+            cut = piece.endswith("\ufffd")  # the last character is begun
+            complete = min(base + len(piece.rstrip("\ufffd")), len(text))
+            row.append((done, min(complete + cut, len(text))))
+            done = complete
+            if not cut:
+                whole, base = t, complete
         tokens.append(row)
     return texts, tokens
 
@@ -726,17 +913,20 @@ def judge_yes(judge, questions, batch=16):
         part = order[start : start + batch]
         heads = [os.path.commonprefix([row[:-1] for row in rows[m]]) for m in part]
         tails = [row[len(head) :] for m, head in zip(part, heads) for row in rows[m]]
-        owner = torch.tensor([b for b, m in enumerate(part) for _ in rows[m]], device=device)
+        owner = torch.tensor([b for b, m in enumerate(part) for _ in rows[m]], device=device)  # [M]
         ids, mask = left_pad(heads, 0, device)
-        inputs = dict(past_key_values=DynamicCache(), logits_to_keep=1)
-        judge.model(ids, attention_mask=mask, position_ids=positions(mask), **inputs)
-        inputs["past_key_values"].batch_select_indices(owner)
-        ids, tail_mask = left_pad(tails, 0, device)
+        _, cache = prefill(judge.model, ids, mask, owner)
+        ids, tail_mask = (
+            x.flip(1) for x in left_pad([tail[::-1] for tail in tails], 0, device)
+        )  # right-padded
         mask = torch.cat([mask[owner], tail_mask], 1)
-        place = positions(mask)[:, -ids.shape[1] :]
-        logp = (
-            judge.model(ids, attention_mask=mask, position_ids=place, **inputs).logits[:, -1].float()
-        )  # [M, V]
+        inputs = dict(
+            attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :], past_key_values=cache
+        )
+        with head_at(
+            judge.model, F.one_hot(tail_mask.sum(1) - 1, ids.shape[1]).bool()
+        ):  # each tail's last token
+            logp = judge.model(ids, **inputs).logits.float()  # [M, V]
         sure = (logp[:, yes].logsumexp(1) - logp[:, no].logsumexp(1)).sigmoid()  # [M]
         for m, answer in zip(part, sure.cpu().split([len(rows[m]) for m in part])):
             answers[m] = answer
@@ -797,24 +987,30 @@ class RelevanceDiscriminator:
         config = without_dropout(AutoConfig.from_pretrained(folder, num_labels=1))
         config.classifier_dropout = 0.0  # the head's; few configs name it, and 0.1 is what they then get
         transformers.logging.set_verbosity_error()  # the head is new, which it would report at length
-        model = AutoModelForTokenClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, **SAFE
-        )
+        weights = dict(config=config, dtype=torch.float32, **SAFE)
+        model = AutoModelForTokenClassification.from_pretrained(folder, **weights)
         transformers.logging.set_verbosity_warning()
         self.model, self.tokenizer, self.dtype = model.to(device), tokenizer, dtype
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate)
 
     def logits(self, criteria, ids, mask):
         """criteria: M texts; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
-        texts = [f"{criterion}\n" for criterion in criteria]
-        prompt_ids, prompt_mask = left_pad(
-            self.tokenizer(texts, add_special_tokens=False).input_ids, 0, ids.device
-        )
-        attention = torch.cat([prompt_mask, mask], 1)  # [M, C + T]
+        texts = self.tokenizer([f"{criterion}\n" for criterion in criteria], add_special_tokens=False)
+        criterion_ids, criterion_mask = left_pad(texts.input_ids, 0, ids.device)
+        attention = torch.cat([criterion_mask, mask], 1)  # [M, C + T]
         inputs = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
         with precision(ids.device, self.dtype):
-            logits = self.model(torch.cat([prompt_ids, ids], 1), **inputs).logits  # [M, C + T, 1]
+            logits = self.model(torch.cat([criterion_ids, ids], 1), **inputs).logits  # [M, C + T, 1]
         return logits[:, -ids.shape[1] :, 0].float()  # [M, T]
+
+    def batches(self, pairs, criteria, ids, mask, size):
+        """For pairs (response i, rubric k), `size` at a time: their i, their k, T, and logits [size, T]."""
+        lengths = mask.sum(1).tolist()
+        pairs = sorted(pairs, key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
+        for start in range(0, len(pairs), size):
+            i, k = map(list, zip(*pairs[start : start + size]))
+            T = lengths[i[-1]]
+            yield i, k, T, self.logits([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask[i, :T])
 
     @torch.no_grad()
     def predict(self, criteria, ids, mask, batch=64):
@@ -823,15 +1019,9 @@ class RelevanceDiscriminator:
         0 at padding and for rubrics that a prompt does not have.
         """
         self.model.eval()
-        lengths = mask.sum(1).tolist()
-        pairs = all_pairs(criteria)
-        pairs.sort(key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
         relevance = torch.zeros(len(ids), max(map(len, criteria)), ids.shape[1], device=ids.device)
-        for start in range(0, len(pairs), batch):
-            i, k = map(list, zip(*pairs[start : start + batch]))
-            T = lengths[i[-1]]
-            texts = [criteria[a][b] for a, b in zip(i, k)]
-            relevance[i, k, :T] = self.logits(texts, ids[i, :T], mask[i, :T]).sigmoid() * mask[i, :T]
+        for i, k, T, logits in self.batches(all_pairs(criteria), criteria, ids, mask, batch):
+            relevance[i, k, :T] = logits.sigmoid() * mask[i, :T]
         return relevance
 
     def fit(self, criteria, ids, mask, evidence, pairs=48, batch=16):
@@ -844,13 +1034,8 @@ class RelevanceDiscriminator:
         known = (evidence[:, :, 0] >= 0).tolist()
         every = [(i, k) for i, k in all_pairs(criteria) if known[i][k]]
         chosen = [every[j] for j in torch.randperm(len(every))[: -(-pairs // WORLD)].tolist()]
-        lengths = mask.sum(1).tolist()
-        chosen.sort(key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
-        total = sum(gather(sum(lengths[i] for i, _ in chosen))) or 1
-        for start in range(0, len(chosen), batch):
-            i, k = map(list, zip(*chosen[start : start + batch]))
-            T = lengths[i[-1]]
-            logits = self.logits([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask[i, :T])
+        total = sum(gather(int(mask[[i for i, _ in chosen]].sum()))) or 1  # response tokens
+        for i, k, T, logits in self.batches(chosen, criteria, ids, mask, batch):
             labels, weight = evidence[i, k, :T], mask[i, :T].float()
             loss = F.binary_cross_entropy_with_logits(logits, labels, weight=weight, reduction="sum")
             (loss / total).backward()
@@ -1219,18 +1404,15 @@ def loading(flag, name):
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise BadInput(f"{flag} {name}: not a model folder, it has no config.json")
     if not Path(name).is_dir() and not re.fullmatch(HUB_ID, name):
-        raise BadInput(
-            f"{flag} {name}: no such folder; a model folder or a model's name on the hub is needed"
-        )
+        raise BadInput(f"{flag} {name}: no such folder; a model folder or a name on the hub is needed")
     try:
         yield
     except BadInput:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BadInput(
-            f"{flag} {name}: cannot be loaded ({reason}); python rtt.py alone needs no download"
-        ) from None
+        reason = f"cannot be loaded ({reason}); python rtt.py alone needs no download"
+        raise BadInput(f"{flag} {name}: {reason}") from None
 
 
 def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
@@ -1257,14 +1439,6 @@ def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
     return Policy(model.to(args.device), tokenizer, sorted(ends))
 
 
-def load_discriminator(name, policy, args):
-    """A RelevanceDiscriminator from a model folder. Raises BadInput if its tokens are not the policy's."""
-    with loading("--discriminator", name):
-        if AutoTokenizer.from_pretrained(name).get_vocab() != policy.tokenizer.get_vocab():
-            raise BadInput(f"--discriminator {name}: must have the same tokenizer as --model {args.model}")
-        return RelevanceDiscriminator(name, policy.tokenizer, args.discriminator_lr, args.device, args.dtype)
-
-
 def roll_out(policy, tasks, group_size, seeds, args):
     """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
@@ -1278,14 +1452,9 @@ def criteria_of(tasks, verdicts):
 
     verdicts [N, K] -> for each of the N responses a list of texts.
     """
-    repeated = [task for task in tasks for _ in range(len(verdicts) // len(tasks))]  # P -> N
-    return [
-        [
-            f"{'yes' if verdict > 0 else 'no'}: {rubric.criterion}"
-            for rubric, verdict in zip(task.rubrics, row)
-        ]
-        for task, row in zip(repeated, verdicts.tolist())
-    ]
+    group_size, judged = len(verdicts) // len(tasks), lambda s: "yes" if s > 0 else "no"
+    rows = [(tasks[i // group_size].rubrics, row) for i, row in enumerate(verdicts.tolist())]
+    return [[f"{judged(s)}: {rubric.criterion}" for rubric, s in zip(*row)] for row in rows]
 
 
 def group_advantages(rewards, verdicts, relevance, mask, args):
@@ -1550,6 +1719,8 @@ def write_whole(path, content):
             file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
             os.fsync(file.fileno())
         os.replace(new, path)
+    except RuntimeError as error:  # torch.save's, raised while it handles the OSError of a full disk
+        raise error.__context__ or error from None
     finally:
         new.unlink(missing_ok=True)
 
@@ -1629,12 +1800,17 @@ def load_models(tasks, args):
         wrap, dtype = QUESTION.format("{}", "", "criterion " * 20), getattr(torch, args.dtype)
         judge = load_policy("--judge", args.judge or args.model, args, dtype, judged, wrap)
     if not args.eval_only and args.relevance == "discriminator" and args.alpha:
-        discriminator = load_discriminator(args.discriminator or args.model, policy, args)
+        name, tokenizer = args.discriminator or args.model, policy.tokenizer
+        with loading("--discriminator", name):
+            if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
+                raise BadInput(f"--discriminator {name}: must have the tokenizer of --model {args.model}")
+            settings = (args.discriminator_lr, args.device, args.dtype)
+            discriminator = RelevanceDiscriminator(name, tokenizer, *settings)
     if not args.eval_only and args.kl:
         reference = copy.deepcopy(policy.model).eval()
     if args.gradient_checkpointing:
-        for model in [policy.model] + [discriminator.model] * bool(discriminator):
-            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        for learner in filter(None, (policy, discriminator)):
+            learner.model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
     return Models(policy, optimizer, discriminator, judge, reference)
 
@@ -1678,14 +1854,15 @@ def run(args):
 
 
 def summary(out, after):
-    """How long a step took and how good the discriminator is, from metrics.jsonl and the last evaluation."""
+    """How good the discriminator is and how long a step took, from the last evaluation and metrics.jsonl."""
     rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
     average = lambda name: fmean(row[name] for row in rows)
     phases = ", ".join(f"{phase} {average('seconds_' + phase):.2f}" for phase in PHASES)
+    found = (
+        "\ndiscriminator on held-out prompts: token F1 {f1:.3f}, AUROC {auroc:.3f}\n" if "f1" in after else ""
+    )
     speed = f"{average('seconds'):.2f} ({phases}); {average('tokens_per_second'):.0f} response tokens/s"
-    scores = ("f1", "token F1"), ("auroc", "AUROC")
-    found = ", ".join(f"{name} {after[key]:.3f}" for key, name in scores if key in after)
-    return (f"\ndiscriminator on held-out prompts: {found}\n" if found else "") + f"seconds a step: {speed}"
+    return found.format(**after) + f"seconds a step: {speed}"
 
 
 def beside(name):
@@ -1737,14 +1914,10 @@ def parse_args(argv=None):
         raise BadInput(message)
 
     parser.error = error
-    some, any_number = (
-        number(int, 1, "a whole number of at least 1"),
-        number(int, 0, "a whole number of at least 0"),
-    )
-    positive, weight = (
-        number(float, sys.float_info.min, "a number above 0"),
-        number(float, 0, "a number of at least 0"),
-    )
+    some = number(int, 1, "a whole number of at least 1")
+    any_number = number(int, 0, "a whole number of at least 0")
+    positive = number(float, sys.float_info.min, "a number above 0")
+    weight = number(float, 0, "a number of at least 0")
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="NAME", default=beside("data/tiny"),
@@ -1872,10 +2045,10 @@ def main(argv=None):
     except BadInput as error:
         print(f"rtt.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        if not re.search("No space left|quota exceeded|File too large", str(error)):
             raise
-        print(f"rtt.py: {error.strerror}; what was written is whole: --resume goes on", file=sys.stderr)
+        print(f"rtt.py: {error}; what was written before is whole: --resume goes on", file=sys.stderr)
         sys.exit(2)
 
 
