@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -18,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -985,6 +985,17 @@ def test_the_judge_decides_its_rubrics_without_evidence_and_is_not_asked_about_a
     graded(tokenizer, [ids], [rubrics[1:2]], [True])
 
 
+def test_a_language_whose_letters_others_share_is_judged_where_the_letters_are_right(tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(rtt, "judge_yes", lambda _, qs: asked.extend(qs) or [torch.zeros(len(q[2])) for q in qs])
+    rubrics = [("language:response_language", dict(language=language)) for language in ("de", "ko")]
+    latin, korean = tokenizer("A lamp").input_ids, byte_tokens(tokenizer, "등불", random.Random(0))
+    _, verdicts, evidence = graded(tokenizer, [latin, korean], [rubrics] * 2, [False] * 2, "judge")
+    assert [(response, len(criteria)) for _, response, criteria in asked] == [("A lamp", 1)]
+    assert verdicts.tolist() == [[-1, -1], [-1, 1]]
+    assert (evidence[0, 0] == -1).all() and (evidence[1] >= 0).all() and (evidence[0, 1] >= 0).all()
+
+
 def test_response_reward_counts_only_rubrics_that_exist():
     verdicts = torch.tensor([[1, 1, 1], [1, -1, 0], [1, 0, 0], [-1, -1, -1]])
     assert rtt.response_reward(verdicts).tolist() == [1, 0, 1, 0]
@@ -1801,7 +1812,8 @@ def test_flags_reach_what_they_set(folder, data, tmp_path, monkeypatch):
     rates, evaluated, streams, clips = [], [], [], []
     adam, evaluate, stream, loss = torch.optim.Adam, rtt.evaluate, rtt.task_stream, rtt.policy_loss
     monkeypatch.setattr(torch.optim, "Adam", lambda p, lr: rates.append(lr) or adam(p, lr=lr))
-    monkeypatch.setattr(rtt, "evaluate", lambda p, tasks, *a: evaluated.append(len(tasks)) or evaluate(p, tasks, *a))
+    count = lambda p, tasks, *a: evaluated.append(len(tasks)) or evaluate(p, tasks, *a)
+    monkeypatch.setattr(rtt, "evaluate", count)
     monkeypatch.setattr(rtt, "task_stream", lambda tasks, seed: streams.append(seed) or stream(tasks, seed))
     monkeypatch.setattr(rtt, "policy_loss", lambda *a: clips.append(a[6]) or loss(*a))
     flags = "--lr 0.02 --discriminator-lr 0.03 --eval-every 1 --eval-prompts 3 --seed 5 --clip 0.1 0.3"
@@ -1934,6 +1946,14 @@ def test_a_tokenizer_without_a_pad_token_is_enough(folder, data, tmp_path):
     assert [[row[k] for k in kept] for row in rows] == [
         [row[k] for k in kept] for row in train(folder, data, tmp_path / "padded")
     ]
+
+
+def test_a_blank_response_is_written_down_though_nobody_judged_it(tokenizer):
+    task = rtt.Task("p", [rtt.Rubric(rtt.JUDGED, {}, "is kind"), rtt.make_rubric("punctuation:no_comma", {})])
+    [text], verdicts, evidence = graded(tokenizer, [[]], [[(rtt.JUDGED, "is kind")]], [True])
+    kept = rtt.record(0, task, text, False, [*verdicts[0].tolist(), -1], [*evidence[0, :, 0].tolist(), 0.0])
+    assert [rubric["satisfied"] for rubric in kept["rubrics"]] == [False, False]
+    assert kept["rubrics"][1]["evidence"] == [(0, 0)]
 
 
 @pytest.mark.parametrize("flag", ["--model", "--judge"])
@@ -2134,7 +2154,7 @@ def fork(argv, trouble=None, rank=0, world=1):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT, RANK=str(rank), WORLD_SIZE=str(world))
     status = 0
     try:
-        trouble and trouble(argv[argv.index("--out") + 1])
+        trouble and trouble(argv[argv.index("--resume" if "--resume" in argv else "--out") + 1])
         rtt.main(argv)
     except SystemExit as left:
         status = left.code
@@ -2192,6 +2212,7 @@ TROUBLES = {
     "killed while it logs": half_line,
     "killed after the last step": lambda out: before_call(rtt, "summary", 1, kill),
     "interrupted": step(3, interrupt),
+    "interrupted twice": step(3, interrupt),
     "full disk, metrics": lambda out: step(4, lambda *_: full_disk(os.path.getsize(out + LOG) + 9))(out),
     "full disk, checkpoint": step(4, lambda *_: full_disk(100_000)),
     "full disk, policy": lambda out: before_call(rtt, "summary", 1, lambda *_: full_disk(100_000)),
@@ -2209,6 +2230,8 @@ for name, trouble in TROUBLES.items():
     out = f"{root}/{name}"
     fewer = ["--steps", "3"] if name == "fewer steps" else []
     results[name] = [end(*fork([*flags, "--out", out, *fewer], trouble), out)]
+    if name == "interrupted twice":
+        results[name][0] = end(*fork(["--resume", out], step(1, interrupt)), out)
     results[name].append(end(*fork(["--resume", out, *(["--steps", "5"] if fewer else [])]), out))
 for name in ("evidence", "discriminator"):
     argv = [*flags, "--relevance", name, "--out", f"{root}/two {name}"]
@@ -2217,8 +2240,9 @@ results["one evidence"] = [end(*fork([*flags, "--relevance", "evidence", "--out"
 print(json.dumps(results))
 """
 STOPPED = "killed in the warm-up", "killed before the first checkpoint", "killed between checkpoints"
-STOPPED += "killed while it saves", "killed while it logs", "killed after the last step", "interrupted"
-STOPPED += "full disk, metrics", "full disk, checkpoint", "full disk, policy", "fewer steps"
+STOPPED += "killed while it saves", "killed while it logs", "killed after the last step"
+STOPPED += "interrupted", "interrupted twice", "fewer steps"
+STOPPED += "full disk, metrics", "full disk, checkpoint", "full disk, policy"
 
 
 @pytest.fixture(scope="session")
@@ -2250,7 +2274,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(name, runs):
         assert (root / name / file).read_bytes() == (root / "unbroken" / file).read_bytes(), file
     kept = sorted(path.name for path in (root / name).glob("checkpoint*"))
     assert kept == ["checkpoint-000004.pt", "checkpoint-000005.pt"]
-    expected = -9 if "killed" in name else 2 if "disk" in name else 130 if name == "interrupted" else 0
+    expected = -9 if "killed" in name else 2 if "disk" in name else 130 if "interrupted" in name else 0
     assert status == expected and "TRACEBACK" not in said, said
 
 
@@ -2259,6 +2283,7 @@ def test_checkpoints_are_written_every_so_many_steps_and_two_are_kept(runs):
     kept = lambda name: [int(file[11:17]) for file in results[name][0][2] if file.startswith("checkpoint")]
     assert kept("unbroken") == [4, 5] and kept("killed before the first checkpoint") == []
     assert kept("killed between checkpoints") == [2] and kept("interrupted") == [2, 3]
+    assert kept("interrupted twice") == [3, 4]
     assert kept("full disk, checkpoint") == [2] and kept("fewer steps") == [2, 3]
 
 
@@ -2331,7 +2356,15 @@ def test_only_steps_may_change_when_a_run_is_resumed(flags, finished, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no config", "config", "half", "empty", "pickle", "model"])
+@dataclass
+class MakesFolder:
+    path: Path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no config", "config", "half", "empty", "code", "model"])
 def test_what_cannot_be_resumed_is_one_line_and_stays_as_it_is(damage, finished, tmp_path, capsys):
     out = tmp_path / "run"
     if damage != "no folder":
@@ -2345,14 +2378,15 @@ def test_what_cannot_be_resumed_is_one_line_and_stays_as_it_is(damage, finished,
         newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     elif damage == "empty":
         newest.write_bytes(b"")
-    elif damage == "pickle":
-        newest.write_bytes(pickle.dumps(Path("x")))  # which could run code
+    elif damage == "code":  # pickles can run some; this one would make a folder
+        torch.save(MakesFolder(tmp_path / "made"), newest)
     elif damage == "model":
         state = torch.load(newest)
         del state["policy"]["model.norm.weight"]
         torch.save(state, newest)
     kept = {path: path.read_bytes() for path in out.glob("*.*")}
     said = refused(capsys, "--resume", out)
+    assert not (tmp_path / "made").exists()
     assert str(out if damage in ("no folder", "no config", "config") else newest) in said
     assert {path: path.read_bytes() for path in out.glob("*.*")} == kept
 
