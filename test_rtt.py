@@ -987,7 +987,8 @@ def test_the_judge_decides_its_rubrics_without_evidence_and_is_not_asked_about_a
 
 def test_a_language_whose_letters_others_share_is_judged_where_the_letters_are_right(tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr(rtt, "judge_yes", lambda _, qs: asked.extend(qs) or [torch.zeros(len(q[2])) for q in qs])
+    deny = lambda _, questions: asked.extend(questions) or [torch.zeros(len(q[2])) for q in questions]
+    monkeypatch.setattr(rtt, "judge_yes", deny)
     rubrics = [("language:response_language", dict(language=language)) for language in ("de", "ko")]
     latin, korean = tokenizer("A lamp").input_ids, byte_tokens(tokenizer, "등불", random.Random(0))
     _, verdicts, evidence = graded(tokenizer, [latin, korean], [rubrics] * 2, [False] * 2, "judge")
@@ -1956,15 +1957,16 @@ def test_a_blank_response_is_written_down_though_nobody_judged_it(tokenizer):
     assert kept["rubrics"][1]["evidence"] == [(0, 0)]
 
 
-@pytest.mark.parametrize("flag", ["--model", "--judge"])
+@pytest.mark.parametrize("flag, tokens", [("--model", "79"), ("--judge", "12")])  # a judge reads more
 def test_a_model_without_any_end_token_or_with_a_short_context_is_refused(
-    flag, folder, tokenizer, data, capsys, tmp_path, monkeypatch
+    flag, tokens, folder, tokenizer, data, capsys, tmp_path, monkeypatch
 ):
     def endless(model, tokenizer):
         model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token = None
 
     judged(monkeypatch)
     flags = [*([] if flag == "--model" else ["--model", folder]), "--data", data, "--out", tmp_path / "run"]
+    flags += [*SMALL, "--steps", "1", "--max-new-tokens", tokens]
     bad = save_model(folder, tmp_path / "endless", endless)
     assert f"{flag} {bad}: " in (said := refused(capsys, *flags, flag, bad)) and "end token" in said
     short = dict(max_position_embeddings=80, eos_token_id=2, vocab_size=len(tokenizer))
