@@ -2358,6 +2358,15 @@ def test_only_steps_may_change_when_a_run_is_resumed(flags, finished, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+def test_without_the_newest_checkpoint_the_one_before_counts(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("policy", "*-000005.pt"))
+    rtt.main(["--resume", str(tmp_path / "run")])
+    runs = (untimed(path / "metrics.jsonl") for path in (finished, tmp_path / "run"))
+    for a, b in zip(*runs, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    assert close(weights_of(tmp_path / "run" / "policy"), weights_of(finished / "policy"), 1e-3)
+
+
 @dataclass
 class MakesFolder:
     path: Path
