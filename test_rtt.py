@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -18,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1002,6 +1002,18 @@ def test_the_judge_decides_its_rubrics_without_evidence_and_is_not_asked_about_a
     graded(tokenizer, [ids], [rubrics[1:2]], [True])
 
 
+def test_a_language_whose_letters_others_share_is_judged_where_the_letters_are_right(tokenizer, monkeypatch):
+    asked = []
+    deny = lambda _, questions: asked.extend(questions) or [torch.zeros(len(q[2])) for q in questions]
+    monkeypatch.setattr(rtt, "judge_yes", deny)
+    rubrics = [("language:response_language", dict(language=language)) for language in ("de", "ko")]
+    latin, korean = tokenizer("A lamp").input_ids, byte_tokens(tokenizer, "등불", random.Random(0))
+    _, verdicts, evidence = graded(tokenizer, [latin, korean], [rubrics] * 2, [False] * 2, "judge")
+    assert [(response, len(criteria)) for _, response, criteria in asked] == [("A lamp", 1)]
+    assert verdicts.tolist() == [[-1, -1], [-1, 1]]
+    assert (evidence[0, 0] == -1).all() and (evidence[1] >= 0).all() and (evidence[0, 1] >= 0).all()
+
+
 def test_response_reward_counts_only_rubrics_that_exist():
     verdicts = torch.tensor([[1, 1, 1], [1, -1, 0], [1, 0, 0], [-1, -1, -1]])
     assert rtt.response_reward(verdicts).tolist() == [1, 0, 1, 0]
@@ -1783,7 +1795,8 @@ def test_equal_seeds_give_equal_metrics_and_weights_and_others_do_not(folder, da
     [f"--loss {loss}" for loss in rtt.LOSSES]
     + [f"--partition {partition} --combine mix" for partition in rtt.PARTITIONS]
     + ["--relevance evidence --reward csr", "--relevance uniform", "--alpha 0", "--kl 0.1 --temperature 0.7"]
-    + ["--alpha 0 --gradient-checkpointing", "--micro-batch 1 --updates 2", "--clip 0.1 0.3 --eval-every 0 --show-every 0"],
+    + ["--alpha 0 --gradient-checkpointing", "--micro-batch 1 --updates 2"]
+    + ["--clip 0.1 0.3 --eval-every 0 --show-every 0"],
 )
 def test_every_variant_runs_and_has_a_discriminator_only_where_it_is_needed(folder, data, tmp_path, flags):
     row = train(folder, data, tmp_path / "run", *flags.split())[-1]
@@ -1817,7 +1830,8 @@ def test_flags_reach_what_they_set(folder, data, tmp_path, monkeypatch):
     rates, evaluated, streams, clips = [], [], [], []
     adam, evaluate, stream, loss = torch.optim.Adam, rtt.evaluate, rtt.task_stream, rtt.policy_loss
     monkeypatch.setattr(torch.optim, "Adam", lambda p, lr: rates.append(lr) or adam(p, lr=lr))
-    monkeypatch.setattr(rtt, "evaluate", lambda p, tasks, *a: evaluated.append(len(tasks)) or evaluate(p, tasks, *a))
+    count = lambda p, tasks, *a: evaluated.append(len(tasks)) or evaluate(p, tasks, *a)
+    monkeypatch.setattr(rtt, "evaluate", count)
     monkeypatch.setattr(rtt, "task_stream", lambda tasks, seed: streams.append(seed) or stream(tasks, seed))
     monkeypatch.setattr(rtt, "policy_loss", lambda *a: clips.append(a[6]) or loss(*a))
     flags = "--lr 0.02 --discriminator-lr 0.03 --eval-every 1 --eval-prompts 3 --seed 5 --clip 0.1 0.3"
@@ -1952,15 +1966,24 @@ def test_a_tokenizer_without_a_pad_token_is_enough(folder, data, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("flag", ["--model", "--judge"])
+def test_a_blank_response_is_written_down_though_nobody_judged_it(tokenizer):
+    task = rtt.Task("p", [rtt.Rubric(rtt.JUDGED, {}, "is kind"), rtt.make_rubric("punctuation:no_comma", {})])
+    [text], verdicts, evidence = graded(tokenizer, [[]], [[(rtt.JUDGED, "is kind")]], [True])
+    kept = rtt.record(0, task, text, False, [*verdicts[0].tolist(), -1], [*evidence[0, :, 0].tolist(), 0.0])
+    assert [rubric["satisfied"] for rubric in kept["rubrics"]] == [False, False]
+    assert kept["rubrics"][1]["evidence"] == [(0, 0)]
+
+
+@pytest.mark.parametrize("flag, tokens", [("--model", "79"), ("--judge", "12")])  # a judge reads more
 def test_a_model_without_any_end_token_or_with_a_short_context_is_refused(
-    flag, folder, tokenizer, data, capsys, tmp_path, monkeypatch
+    flag, tokens, folder, tokenizer, data, capsys, tmp_path, monkeypatch
 ):
     def endless(model, tokenizer):
         model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token = None
 
     judged(monkeypatch)
     flags = [*([] if flag == "--model" else ["--model", folder]), "--data", data, "--out", tmp_path / "run"]
+    flags += [*SMALL, "--steps", "1", "--max-new-tokens", tokens]
     bad = save_model(folder, tmp_path / "endless", endless)
     assert f"{flag} {bad}: " in (said := refused(capsys, *flags, flag, bad)) and "end token" in said
     short = dict(max_position_embeddings=80, eos_token_id=2, vocab_size=len(tokenizer))
@@ -2150,7 +2173,7 @@ def fork(argv, trouble=None, rank=0, world=1):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT, RANK=str(rank), WORLD_SIZE=str(world))
     status = 0
     try:
-        trouble and trouble(argv[argv.index("--out") + 1])
+        trouble and trouble(argv[argv.index("--resume" if "--resume" in argv else "--out") + 1])
         rtt.main(argv)
     except SystemExit as left:
         status = left.code
@@ -2208,6 +2231,7 @@ TROUBLES = {
     "killed while it logs": half_line,
     "killed after the last step": lambda out: before_call(rtt, "summary", 1, kill),
     "interrupted": step(3, interrupt),
+    "interrupted twice": step(3, interrupt),
     "full disk, metrics": lambda out: step(4, lambda *_: full_disk(os.path.getsize(out + LOG) + 9))(out),
     "full disk, checkpoint": step(4, lambda *_: full_disk(100_000)),
     "full disk, policy": lambda out: before_call(rtt, "summary", 1, lambda *_: full_disk(100_000)),
@@ -2225,16 +2249,21 @@ for name, trouble in TROUBLES.items():
     out = f"{root}/{name}"
     fewer = ["--steps", "3"] if name == "fewer steps" else []
     results[name] = [end(*fork([*flags, "--out", out, *fewer], trouble), out)]
+    if name == "interrupted twice":
+        results[name][0] = end(*fork(["--resume", out], step(1, interrupt)), out)
     results[name].append(end(*fork(["--resume", out, *(["--steps", "5"] if fewer else [])]), out))
-for name in ("evidence", "discriminator"):
-    argv = [*flags, "--relevance", name, "--out", f"{root}/two {name}"]
-    results[f"two {name}"] = [end(*child) for child in [fork(argv, None, rank, 2) for rank in range(2)]]
-results["one evidence"] = [end(*fork([*flags, "--relevance", "evidence", "--out", f"{root}/one evidence"]))]
+flags += "--reward csr --partition verdict --updates 2 --kl 0.1".split()
+evidence = [*flags, "--relevance", "evidence", "--out"]
+for name, argv in {"two evidence": evidence, "two discriminator": [*flags, "--out"]}.items():
+    argv = [*argv, f"{root}/{name}"]
+    results[name] = [end(*child) for child in [fork(argv, None, rank, 2) for rank in range(2)]]
+results["one evidence"] = [end(*fork([*evidence, f"{root}/one evidence"]))]
 print(json.dumps(results))
 """
 STOPPED = "killed in the warm-up", "killed before the first checkpoint", "killed between checkpoints"
-STOPPED += "killed while it saves", "killed while it logs", "killed after the last step", "interrupted"
-STOPPED += "full disk, metrics", "full disk, checkpoint", "full disk, policy", "fewer steps"
+STOPPED += "killed while it saves", "killed while it logs", "killed after the last step"
+STOPPED += "interrupted", "interrupted twice", "fewer steps"
+STOPPED += "full disk, metrics", "full disk, checkpoint", "full disk, policy"
 
 
 @pytest.fixture(scope="session")
@@ -2266,7 +2295,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(name, runs):
         assert (root / name / file).read_bytes() == (root / "unbroken" / file).read_bytes(), file
     kept = sorted(path.name for path in (root / name).glob("checkpoint*"))
     assert kept == ["checkpoint-000004.pt", "checkpoint-000005.pt"]
-    expected = -9 if "killed" in name else 2 if "disk" in name else 130 if name == "interrupted" else 0
+    expected = -9 if "killed" in name else 2 if "disk" in name else 130 if "interrupted" in name else 0
     assert status == expected and "TRACEBACK" not in said, said
 
 
@@ -2275,6 +2304,7 @@ def test_checkpoints_are_written_every_so_many_steps_and_two_are_kept(runs):
     kept = lambda name: [int(file[11:17]) for file in results[name][0][2] if file.startswith("checkpoint")]
     assert kept("unbroken") == [4, 5] and kept("killed before the first checkpoint") == []
     assert kept("killed between checkpoints") == [2] and kept("interrupted") == [2, 3]
+    assert kept("interrupted twice") == [3, 4]
     assert kept("full disk, checkpoint") == [2] and kept("fewer steps") == [2, 3]
 
 
@@ -2302,7 +2332,7 @@ def test_two_processes_do_what_one_does(runs, folder):
     for name in ("one evidence", "two evidence", "two discriminator"):
         assert [status for status, _, _ in results[name]] == [0] * len(results[name]), results[name]
     one, two = (read(root / name / "metrics.jsonl") for name in ("one evidence", "two evidence"))
-    assert len(one) == len(two) == 5 and any(row["grad_norm"] > 0 for row in one)
+    assert len(one) == len(two) == 5 and any(row["reward"] > 0 and abs(row["loss"]) > 1e-3 for row in one)
     for a, b in zip(one, two):
         for field in ("reward", "loss", "grad_norm", "tokens", "truncated", "approx_kl"):
             assert b[field] == pytest.approx(a[field], rel=1e-4, abs=1e-6), field
@@ -2347,7 +2377,24 @@ def test_only_steps_may_change_when_a_run_is_resumed(flags, finished, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no config", "config", "half", "empty", "pickle", "model"])
+def test_without_the_newest_checkpoint_the_one_before_counts(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("policy", "*-000005.pt"))
+    rtt.main(["--resume", str(tmp_path / "run")])
+    runs = (untimed(path / "metrics.jsonl") for path in (finished, tmp_path / "run"))
+    for a, b in zip(*runs, strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    assert close(weights_of(tmp_path / "run" / "policy"), weights_of(finished / "policy"), 1e-3)
+
+
+@dataclass
+class MakesFolder:
+    path: Path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no config", "config", "half", "empty", "code", "model"])
 def test_what_cannot_be_resumed_is_one_line_and_stays_as_it_is(damage, finished, tmp_path, capsys):
     out = tmp_path / "run"
     if damage != "no folder":
@@ -2361,14 +2408,15 @@ def test_what_cannot_be_resumed_is_one_line_and_stays_as_it_is(damage, finished,
         newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     elif damage == "empty":
         newest.write_bytes(b"")
-    elif damage == "pickle":
-        newest.write_bytes(pickle.dumps(Path("x")))  # which could run code
+    elif damage == "code":  # pickles can run some; this one would make a folder
+        torch.save(MakesFolder(tmp_path / "made"), newest)
     elif damage == "model":
         state = torch.load(newest)
         del state["policy"]["model.norm.weight"]
         torch.save(state, newest)
     kept = {path: path.read_bytes() for path in out.glob("*.*")}
     said = refused(capsys, "--resume", out)
+    assert not (tmp_path / "made").exists()
     assert str(out if damage in ("no folder", "no config", "config") else newest) in said
     assert {path: path.read_bytes() for path in out.glob("*.*")} == kept
 
