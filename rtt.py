@@ -150,10 +150,10 @@ def verify(rubric, response, prompt=""):
 
     As IFEval has it, an empty response satisfies nothing. `prompt` is for rubrics that refer to it.
     """
-    if rubric.id == JUDGED:
-        raise ValueError(f"no rule can verify {rubric.criterion!r}: it needs a judge")
     if not response.strip():
         return Verdict(False, end_of(response))
+    if rubric.id == JUDGED:
+        raise ValueError(f"no rule can verify {rubric.criterion!r}: it needs a judge")
     check, _ = VERIFIERS[rubric.id]
     satisfied, evidence = check(response, **rubric.kwargs)
     return Verdict(bool(satisfied), sorted(evidence))
