@@ -678,9 +678,8 @@ def sample(
     logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
 
     def step(token, place):  # both [alive, 1] -> logits [alive, V]
-        seen = (
-            attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
-        )  # causality hides empty slots
+        # where static, causality hides the slots that are still empty
+        seen = attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
         return model(token, attention_mask=seen, position_ids=place, past_key_values=cache).logits[:, -1]
 
     for t in range(max_new_tokens):
@@ -701,12 +700,7 @@ def sample(
     ended = torch.isin(ids, ends).cumsum(1)  # [N, T] 1 from the end token on
     mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
     used = slice(0, int(mask.sum(1).max()))
-    rows = (
-        ids.masked_fill(mask == 0, pad_id),
-        mask,
-        logprobs * mask,
-        entropy * mask,
-    )  # static: ended rows went on
+    rows = ids.masked_fill(mask == 0, pad_id), mask, logprobs * mask, entropy * mask  # ended rows may go on
     return Rollout(prompt_ids, prompt_mask, *(x[:, used] for x in rows), truncated=ended[:, -1] == 0)
 
 
@@ -797,9 +791,8 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
         return blank.masked_scatter(mask, chosen_logprobs(logits, targets[mask], temperature))
     owner = torch.arange(len(ids), device=ids.device) // G  # [N]
     logits, cache = prefill(model, ids[::G, :L], attention_mask[::G, :L], owner)  # [N, V]
-    first = chosen_logprobs(logits, targets[:, 0], temperature).masked_fill(~mask[:, 0], 0.0)[
-        :, None
-    ]  # [N, 1]
+    first = chosen_logprobs(logits, targets[:, 0], temperature)[:, None]  # [N, 1]
+    first = first.masked_fill(~mask[:, :1], 0.0)
     if T == 1:
         return first
     inputs = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1], past_key_values=cache)
@@ -849,12 +842,7 @@ def token_spans(tokenizer, responses):
             ends = [0, *itertools.accumulate(map(len, parts))]
             tokens.append(list(zip(ends, ends[1:])))
             continue
-        row, whole, base, done = (
-            [],
-            0,
-            0,
-            0,
-        )  # the first `whole` tokens write just the first `base` characters
+        row, whole, base, done = [], 0, 0, 0  # the first `whole` tokens write the first `base` characters
         for t in range(1, len(ids) + 1):
             piece = decode(ids[whole:t])
             cut = piece.endswith("\ufffd")  # the last character is begun
@@ -1334,9 +1322,7 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
     """
     model.train()
     G, steps, skipped = args.group_size, [], 0
-    shared = (
-        1 if args.gradient_checkpointing else G
-    )  # responses that are scored on one computation of their prompt
+    shared = 1 if args.gradient_checkpointing else G  # responses that share one computation of their prompt
     own = int(loss_denominator(rollout.mask, args.loss)), int(rollout.mask.sum())
     denominator, tokens = map(sum, zip(*gather(own)))
     for _ in range(args.updates):
@@ -1553,9 +1539,8 @@ def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
         piece = text[max(start, shown) : end] or "⏎" * (start == len(text))  # ⏎: the end token
         pieces.append(colour.format(piece.rstrip("\n")) + "\n" * piece.count("\n"))
         shown = max(shown, end)
-    marks = ", ".join(
-        f"[{'x' if s > 0 else ' '}] {r.criterion}" for s, r in zip(verdicts.tolist(), task.rubrics)
-    )
+    boxes = ["[x]" if s > 0 else "[ ]" for s in verdicts.tolist()]
+    marks = ", ".join(f"{box} {rubric.criterion}" for box, rubric in zip(boxes, task.rubrics))
     return f"\n{task.prompt}\n{marks}; advantage {mean:+.2f}\n{''.join(pieces)}\n"
 
 
@@ -1664,10 +1649,7 @@ def train(models, train_tasks, eval_tasks, out, args, done=0, position=0, before
     if models.discriminator and not position:
         warm_up(models, stream, args)
         position = args.warmup * args.prompts
-    interrupted, default = (
-        [],
-        signal.default_int_handler,
-    )  # the first Ctrl-C ends the loop, the second the program
+    interrupted, default = [], signal.default_int_handler  # the first Ctrl-C ends the loop, the second all
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, default)))
     bar = progress(range(done + 1, args.steps + 1), "train", initial=done, total=args.steps)
     for step in bar:
@@ -2023,9 +2005,7 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     try:
         args = parse_args(argv)
-        if (
-            WORLD > 1
-        ):  # under torchrun: each process with a GPU of its own, and the first one speaks and writes
+        if WORLD > 1:  # each process has a GPU of its own, and the first one speaks and writes
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
