@@ -745,17 +745,12 @@ def precision(device, dtype):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-@contextmanager
 def head_at(model, mask):
-    """Inside, the output head sees only the positions of mask [N, T]: logits are [M, V], not [N, T, V].
+    """A context in which the output head sees only mask [N, T]: logits are [M, V], not [N, T, V].
 
     A hook, since transformers' own `logits_to_keep` keeps the same positions in every row.
     """
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][mask],))
-    try:
-        yield
-    finally:
-        hook.remove()
+    return model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][mask],))
 
 
 def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
