@@ -672,7 +672,8 @@ def sample(
     logits, cache = prefill(model, prompt_ids, prompt_mask, owner)  # [N, V]
     lengths = prompt_mask.sum(1, keepdim=True)[owner]  # [N, 1]
     attention = F.pad(prompt_mask[owner], (0, max_new_tokens), value=1)  # [N, L + T]
-    cache = fixed_size(cache, attention.shape[1]) if static else cache
+    if static:
+        cache = Cache(layers=[FixedLayer(layer, attention.shape[1]) for layer in cache.layers])
     alive = torch.arange(len(owner), device=device)  # rows in the batch
     ids = torch.full_like(uniform, pad_id, dtype=torch.long)
     logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
@@ -705,21 +706,19 @@ def sample(
 
 
 class FixedLayer(StaticLayer):
-    """A layer of a cache that is allocated once, in one type: autocast computes keys and values in two."""
+    """A layer of a cache, begun as `grown`, with room for `length` tokens from the start, in one type.
+
+    Autocast computes keys and values in two types; attention would round both to its own anyway.
+    """
+
+    def __init__(self, grown, length):
+        super().__init__(length)
+        kind = grown.keys.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else grown.dtype
+        self.update(grown.keys, grown.values)
 
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys.to(self.dtype), values.to(self.dtype))
-
-
-def fixed_size(cache, length):
-    """The cache with room for `length` tokens from the start, so that it fills up where others grow."""
-    kind = cache.layers[0].keys.device.type
-    in_half = torch.is_autocast_enabled(kind)  # attention would round to this type anyway
-    fixed = Cache(layers=[FixedLayer(length) for _ in cache.layers])
-    for layer, grown in zip(fixed.layers, cache.layers):
-        layer.dtype = torch.get_autocast_dtype(kind) if in_half else grown.dtype
-        layer.update(grown.keys, grown.values)
-    return fixed
 
 
 def recorded(step, *tensors):
