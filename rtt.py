@@ -84,6 +84,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
@@ -615,12 +616,11 @@ def positions(attention_mask):
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def left_pad(rows, pad_id, device):
+def padded(rows, pad_id, device, side="left"):
     """Lists of token ids -> ids [P, L], mask [P, L]."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids.to(device), mask.to(device)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    filled = lambda rows, value: pad_sequence(rows, True, value, side).to(device)
+    return filled(ids, pad_id), filled([torch.ones_like(row) for row in ids], 0)
 
 
 def draw(logp, uniform):
@@ -663,11 +663,11 @@ def sample(
     device, shape = model.device, (group_size, max_new_tokens)
     static = device.type == "cuda" and model._can_compile_fullgraph if static is None else static
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniform = torch.cat([torch.rand(shape, generator=g) for g in generators]).to(device)  # [N, T]
+    uniform = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniform = torch.cat(uniform).to(device)  # [N, T]
     ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
 
-    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # [P, L]
+    prompt_ids, prompt_mask = padded(prompts, pad_id, device)  # [P, L]
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [N]
     logits, cache = prefill(model, prompt_ids, prompt_mask, owner)  # [N, V]
     lengths = prompt_mask.sum(1, keepdim=True)[owner]  # [N, 1]
@@ -875,32 +875,24 @@ def judge_yes(judge, questions, batch=16):
     judge: a Policy. questions: tuples (prompt, response, list of criteria) -> for each a tensor, a number a
     criterion. What the questions on one response share, above all the response, is computed once.
     """
-    judge.model.eval()
     tokenizer, device, answers = judge.tokenizer, judge.model.device, [None] * len(questions)
     first = lambda words: [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
     yes, no = set(first(["yes", "Yes", " yes", " Yes"])), set(first(["no", "No", " no", " No"]))
     yes, no = sorted(yes - no), sorted(no - yes)  # a lone space before both says nothing
-    rows = [
-        [encode_prompt(tokenizer, QUESTION.format(p, r, c)) for c in criteria] for p, r, criteria in questions
-    ]
+    rows = [[encode_prompt(tokenizer, QUESTION.format(p, r, c)) for c in cs] for p, r, cs in questions]
     order = sorted(range(len(rows)), key=lambda m: len(rows[m][0]))  # like lengths together: less padding
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         heads = [os.path.commonprefix([row[:-1] for row in rows[m]]) for m in part]
         tails = [row[len(head) :] for m, head in zip(part, heads) for row in rows[m]]
         owner = torch.tensor([b for b, m in enumerate(part) for _ in rows[m]], device=device)  # [M]
-        ids, mask = left_pad(heads, 0, device)
-        _, cache = prefill(judge.model, ids, mask, owner)
-        ids, tail_mask = (
-            x.flip(1) for x in left_pad([tail[::-1] for tail in tails], 0, device)
-        )  # right-padded
-        mask = torch.cat([mask[owner], tail_mask], 1)
-        inputs = dict(
-            attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :], past_key_values=cache
-        )
-        with head_at(
-            judge.model, F.one_hot(tail_mask.sum(1) - 1, ids.shape[1]).bool()
-        ):  # each tail's last token
+        ids, head_mask = padded(heads, 0, device)
+        _, cache = prefill(judge.model, ids, head_mask, owner)
+        ids, tail_mask = padded(tails, 0, device, "right")
+        mask = torch.cat([head_mask[owner], tail_mask], 1)
+        place, last = positions(mask)[:, -ids.shape[1] :], F.one_hot(tail_mask.sum(1) - 1, ids.shape[1])
+        with head_at(judge.model, last.bool()):  # each tail's last token
+            inputs = dict(attention_mask=mask, position_ids=place, past_key_values=cache)
             logp = judge.model(ids, **inputs).logits.float()  # [M, V]
         sure = (logp[:, yes].logsumexp(1) - logp[:, no].logsumexp(1)).sigmoid()  # [M]
         for m, answer in zip(part, sure.cpu().split([len(rows[m]) for m in part])):
@@ -971,7 +963,7 @@ class RelevanceDiscriminator:
     def logits(self, criteria, ids, mask):
         """criteria: M texts; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
         texts = self.tokenizer([f"{criterion}\n" for criterion in criteria], add_special_tokens=False)
-        criterion_ids, criterion_mask = left_pad(texts.input_ids, 0, ids.device)
+        criterion_ids, criterion_mask = padded(texts.input_ids, 0, ids.device)
         attention = torch.cat([criterion_mask, mask], 1)  # [M, C + T]
         inputs = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
         with precision(ids.device, self.dtype):
