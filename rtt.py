@@ -1622,19 +1622,20 @@ def merged(rows):
     return {name: rule(name)([row[name] for row in rows]) for name in rows[0]}
 
 
-def train(models, train_tasks, eval_tasks, out, args, done=0, position=0, before=None):
+def train(models, train_tasks, eval_tasks, out, args, done=0, before=None):
     """Warm-up, then the steps after `done`; one line a step to metrics.jsonl, and checkpoints.
 
-    done, position, before: from a checkpoint: steps, tasks drawn from the stream, and the first evaluation.
+    done, before: from a checkpoint, or for the next: steps, and the first evaluation.
     Ctrl-C ends it after a whole step, with a checkpoint and exit status 130.
     """
-    metrics = out / "metrics.jsonl"
+    metrics, policy = out / "metrics.jsonl", models.policy
     if metrics.is_file():  # what came after the checkpoint is done again
         write_whole(metrics, "".join(metrics.read_text(encoding="utf-8").splitlines(True)[:done]))
-    stream, policy = itertools.islice(task_stream(train_tasks, args.seed), position, None), models.policy
-    if models.discriminator and not position:
+    warmup = args.warmup if models.discriminator else 0
+    drawn = (warmup + done) * args.prompts if done else 0  # tasks that the stream gave before the checkpoint
+    stream = itertools.islice(task_stream(train_tasks, args.seed), drawn, None)
+    if warmup and not done:
         warm_up(models, stream, args)
-        position = args.warmup * args.prompts
     interrupted, default = [], signal.default_int_handler  # the first Ctrl-C ends the loop, the second all
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, default)))
     bar = progress(range(done + 1, args.steps + 1), "train", initial=done, total=args.steps)
@@ -1659,8 +1660,7 @@ def train(models, train_tasks, eval_tasks, out, args, done=0, position=0, before
         )
         stop = sum(gather(len(interrupted)))
         if stop or step == args.steps or step % args.save_every == 0:
-            reached = dict(done=step, position=position + (step - done) * args.prompts, before=before)
-            save_checkpoint(out, models, reached)
+            save_checkpoint(out, models, step, before)
         if stop and step < args.steps:
             print(f"stopped after a whole step; to go on: python rtt.py --resume {out}")
             sys.exit(130)
@@ -1689,35 +1689,33 @@ def trained(models):
     return parts | (dict(discriminator=learner.model, its_optimizer=learner.optimizer) if learner else {})
 
 
-def save_checkpoint(out, models, reached):
+def save_checkpoint(out, models, done, before):
     """Everything that the rest of a run depends on, in one file; the last two are kept.
 
     Random numbers come from seeds in the stream of tasks, but for the pairs that the discriminator draws.
     """
     state = {name: part.state_dict() for name, part in trained(models).items()}
-    write_whole(
-        out / f"checkpoint-{reached['done']:06}.pt", dict(state, **reached, random=torch.get_rng_state())
-    )
+    state |= dict(done=done, before=before, random=torch.get_rng_state())
+    write_whole(out / f"checkpoint-{done:06}.pt", state)
     for old in sorted(out.glob("checkpoint-*.pt"))[: 0 if RANK else -2]:
         old.unlink()
 
 
 def load_checkpoint(out, models):
-    """Put everything back as it was at the newest checkpoint, if any. Returns the last arguments of train."""
-    names, newest = ("done", "position", "before"), max(out.glob("checkpoint-*.pt"), default=None)
+    """Put everything back as it was at the newest checkpoint, if any. Returns done and before, as for train."""
+    newest = max(out.glob("checkpoint-*.pt"), default=None)
     if newest is None:
-        return dict(done=0, position=0, before=None)
+        return 0, None
     try:
         state = torch.load(newest, map_location="cpu", weights_only=True)
         for name, part in trained(models).items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["random"])
-        return {name: state[name] for name in names}
+        return state["done"], state["before"]
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise BadInput(
-            f"{newest}: damaged, or of another model ({reason}); without it, the one before counts"
-        ) from None
+        reason = f"damaged, or of another model ({reason}); without it, the one before counts"
+        raise BadInput(f"{newest}: {reason}") from None
 
 
 def open_run(out):
@@ -1782,7 +1780,7 @@ def run(args):
     torch.manual_seed(args.seed)
     try:
         models = load_models(train_tasks + eval_tasks, args)
-        reached = load_checkpoint(out, models)
+        done, before = load_checkpoint(out, models)
     except BadInput:
         if new:
             out.rmdir()  # still empty
@@ -1793,9 +1791,9 @@ def run(args):
         result, records = evaluate(policy, eval_tasks, args, judge)
         print(table(result))
     else:
-        before = reached["before"] = reached["before"] or evaluate(policy, eval_tasks, args, judge)[0]
+        before = before or evaluate(policy, eval_tasks, args, judge)[0]
         print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
-        train(models, train_tasks, eval_tasks, out, args, **reached)
+        train(models, train_tasks, eval_tasks, out, args, done, before)
         after, records = evaluate(policy, eval_tasks, args, judge, models.discriminator)
         result = dict(before=before, after=after)
         print("\n" + table(before, after))
