@@ -1530,9 +1530,6 @@ def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
     return f"\n{task.prompt}\n{marks}; advantage {mean:+.2f}\n{''.join(pieces)}\n"
 
 
-PHASES = ("rollout", "verify", "relevance", "update")
-
-
 @contextmanager
 def timed(seconds, phase):
     """Add the seconds that the block takes to seconds[phase]."""
@@ -1812,12 +1809,11 @@ def summary(out, after):
     """How good the discriminator is and how long a step took, from the last evaluation and metrics.jsonl."""
     rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
     average = lambda name: fmean(row[name] for row in rows)
-    phases = ", ".join(f"{phase} {average('seconds_' + phase):.2f}" for phase in PHASES)
-    found = (
-        "\ndiscriminator on held-out prompts: token F1 {f1:.3f}, AUROC {auroc:.3f}\n" if "f1" in after else ""
-    )
+    phases = [name for name in rows[0] if name.startswith("seconds_")]
+    phases = ", ".join(f"{name.removeprefix('seconds_')} {average(name):.2f}" for name in phases)
     speed = f"{average('seconds'):.2f} ({phases}); {average('tokens_per_second'):.0f} response tokens/s"
-    return found.format(**after) + f"seconds a step: {speed}"
+    found = "\ndiscriminator on held-out prompts: token F1 {f1:.3f}, AUROC {auroc:.3f}\n"
+    return (found.format(**after) if "f1" in after else "") + f"seconds a step: {speed}"
 
 
 def beside(name):
