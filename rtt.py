@@ -1006,12 +1006,7 @@ class RelevanceDiscriminator:
             labels, weight = evidence[i, k, :T], mask[i, :T].float()
             loss = F.binary_cross_entropy_with_logits(logits, labels, weight=weight, reduction="sum")
             (loss / total).backward()
-        add_gradients(self.model)
-        if math.isfinite(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)):
-            self.optimizer.step()
-        else:
-            tqdm.write("step of the discriminator skipped: its gradient is not finite")
-        self.optimizer.zero_grad()
+        descend(self.model, self.optimizer)
 
 
 def f1_and_auroc(relevance, evidence):
@@ -1291,11 +1286,22 @@ def gather(value):
     return values
 
 
-def add_gradients(model):
-    """Sum the gradients of all processes; with a global denominator, those of one process with all rows."""
+def descend(model, optimizer, max_norm=1.0, loss=0.0):
+    """A step on the sum of all processes' gradients (with a global denominator, that of one with all rows).
+
+    Returns the gradient's norm, and whether the step was made: not where this or the loss is not finite.
+    """
     for weight in model.parameters() if WORLD > 1 else ():
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         dist.all_reduce(weight.grad)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
+        optimizer.step()
+    else:
+        tqdm.write(f"step of {type(model).__name__} skipped: loss {loss}, gradient norm {norm}")
+    optimizer.zero_grad()
+    return norm, finite
 
 
 def update(model, optimizer, rollout, advantages, args, reference=None):
@@ -1307,7 +1313,7 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
     reference: for --kl.
     """
     model.train()
-    G, steps, skipped = args.group_size, [], 0
+    G, steps = args.group_size, []
     shared = 1 if args.gradient_checkpointing else G  # responses that share one computation of their prompt
     own = int(loss_denominator(rollout.mask, args.loss)), int(rollout.mask.sum())
     denominator, tokens = map(sum, zip(*gather(own)))
@@ -1328,18 +1334,13 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
             stats["loss"] += loss.item()
             for name, value in part.items():
                 stats[name] += value * float(mask.sum() / tokens)
-        add_gradients(model)
         stats = {name: sum(part[name] for part in gather(stats)) for name in stats}
-        stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
-            optimizer.step()
-            steps.append(stats | {"residual": mean_residual(coef, rollout, G)})
-        else:
-            skipped += 1
-            tqdm.write(f"update skipped: loss {stats['loss']}, gradient norm {stats['grad_norm']}")
-        optimizer.zero_grad()
+        norm, finite = descend(model, optimizer, args.max_grad_norm, stats["loss"])
+        if finite:
+            steps.append(stats | dict(grad_norm=norm, residual=mean_residual(coef, rollout, G)))
     names = ("loss", "grad_norm", "clip_fraction", "approx_kl", "residual")
-    return {name: sum(s[name] for s in steps) / max(len(steps), 1) for name in names} | {"skipped": skipped}
+    means = {name: sum(s[name] for s in steps) / max(len(steps), 1) for name in names}
+    return means | {"skipped": args.updates - len(steps)}
 
 
 def mean_residual(coef, rollout, group_size):
