@@ -1498,19 +1498,15 @@ def record(index, task, text, truncated, verdicts, known):
 
 def table(*results):
     """Held-out accuracy, overall and per kind of rubric: of one evaluation, or of two and the change."""
-
-    def line(name, count, *shares):
-        change = [f"{100 * (shares[1] - shares[0]):>+9.1f}"] if len(shares) == 2 else []
-        return "".join([f"{name:<42}{count:>7}", *(f"{100 * x:>9.1f}" for x in shares), *change])
-
-    first, shares = results[0], lambda level: [result[level] for result in results]
-    names = "".join(f"{name:>9}" for name in ("before", "after", "change")) if len(results) == 2 else ""
-    rows = [f"{'held-out accuracy, %':<42}{'count':>7}{names}"]
-    rows.append(line("instruction level (all rubrics)", first["prompts"], *shares("instruction")))
-    rows.append(line("rubric level", sum(n for _, n in first["kinds"].values()), *shares("rubric")))
-    for kind, (_, n) in first["kinds"].items():
-        rows.append(line(f"  {kind}", n, *(result["kinds"][kind][0] / n for result in results)))
-    return "\n".join(rows)
+    two, kinds = len(results) == 2, {kind: n for kind, (_, n) in results[0]["kinds"].items()}
+    rows = [("instruction level (all rubrics)", results[0]["prompts"], [r["instruction"] for r in results])]
+    rows += [("rubric level", sum(kinds.values()), [r["rubric"] for r in results])]
+    rows += [(f"  {kind}", n, [r["kinds"][kind][0] / n for r in results]) for kind, n in kinds.items()]
+    lines = [f"{'held-out accuracy, %':<42}{'count':>7}" + f"{'before':>9}{'after':>9}{'change':>9}" * two]
+    for name, count, shares in rows:
+        change = f"{100 * (shares[-1] - shares[0]):>+9.1f}" * two
+        lines.append(f"{name:<42}{count:>7}" + "".join(f"{100 * x:>9.1f}" for x in shares) + change)
+    return "\n".join(lines)
 
 
 def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
