@@ -1015,7 +1015,6 @@ def f1_and_auroc(relevance, evidence):
     AUROC is the chance that a relevant token scores above an irrelevant one, ties counted half; 0.5,
     which says nothing, where either kind is missing.
     """
-    relevance, evidence = relevance.cpu(), evidence.cpu()
     positive, predicted = evidence > 0.5, relevance > 0.5
     f1 = 2 * (positive & predicted).sum() / (positive.sum() + predicted.sum()).clamp(min=1)
     _, inverse, counts = relevance.unique(return_inverse=True, return_counts=True)
@@ -1033,7 +1032,6 @@ def f1_and_auroc(relevance, evidence):
 # r[i, k, t] = verdict * relevance.  Which entries of r share one mean and one standard deviation?  That is
 # RTT's group partitioning problem; the partitions below differ in one line.
 # ==================================================================================================
-
 
 PARTITIONS = ("intra", "inter", "rubric", "verdict")
 
@@ -1239,13 +1237,10 @@ def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
     """The weights [N, T] of the losses that cancel on shared tokens: ratio [N, T] without gradient (TGC)."""
     if loss == "grpo-fix":
         return ratio.clamp(1 - clip[0], 1 + clip[1])
-    sequence_ratio = ratio[:, 0].view(-1, group_size)  # [P, G]
+    ratios = ratio[:, 0].view(-1, group_size)  # [P, G], of the responses
     mean_advantage = ((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).view(-1, group_size)  # [P, G]
-    if loss == "dfpo-min":
-        weight = min_replace(sequence_ratio)
-    else:
-        weight = adv_orthogonal(sequence_ratio, mean_advantage)
-    return weight.reshape(-1, 1).expand_as(ratio)
+    cancels = min_replace(ratios) if loss == "dfpo-min" else adv_orthogonal(ratios, mean_advantage)  # [P, G]
+    return cancels.reshape(-1, 1).expand_as(ratio)
 
 
 def k3(log_p, log_q):
@@ -1426,11 +1421,10 @@ def criteria_of(tasks, verdicts):
 def group_advantages(rewards, verdicts, relevance, mask, args):
     """Section 5 for each group of a batch: rewards [N], verdicts [N, K], relevance [N, K, T] -> [N, T]."""
     advantages = []
-    for n in range(0, len(mask), args.group_size):
-        group = slice(n, n + args.group_size)
-        response_adv = response_advantage(rewards[group])  # [G]
-        token_adv = token_advantage(verdicts[group], relevance[group], mask[group], args.partition)  # [G, T]
-        advantages.append(combine_advantages(response_adv, token_adv, mask[group], args.alpha, args.combine))
+    groups = zip(*(x.split(args.group_size) for x in (rewards, verdicts, relevance, mask)))
+    for R, s, w, valid in groups:  # [G], [G, K], [G, K, T], [G, T]
+        response_adv, token_adv = response_advantage(R), token_advantage(s, w, valid, args.partition)
+        advantages.append(combine_advantages(response_adv, token_adv, valid, args.alpha, args.combine))
     return torch.cat(advantages)
 
 
@@ -1831,10 +1825,9 @@ def number(kind, least, what):
     def parse(text):
         try:
             value = kind(text)
-            good = math.isfinite(value) and least <= value and (kind is float or value < 2**62)
-        except (ValueError, OverflowError):
-            good = False
-        if not good:
+        except ValueError:
+            value = math.nan
+        if not least <= value < (2**62 if kind is int else math.inf):
             raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
         return value
 
@@ -1950,9 +1943,8 @@ def resumed(args, parser, argv):
     args = parser.parse_args(argv)
     for name in config.keys() - free:
         if getattr(args, name) != config[name]:
-            raise BadInput(
-                f"--resume {args.resume}: {name} is {config[name]!r} there; only --steps may change"
-            )
+            there = f"{name} is {config[name]!r} there"
+            raise BadInput(f"--resume {args.resume}: {there}; only --steps may change")
     return args
 
 
@@ -1964,8 +1956,7 @@ def checked(args):
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
     if args.prompts % WORLD:
         raise BadInput(f"--prompts {args.prompts}: {WORLD} processes cannot share them equally")
-    best = torch.accelerator.current_accelerator(check_available=True)
-    best = best.type if best else "cpu"
+    best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     if args.device not in ("auto", "cpu", best):
         raise BadInput(f"--device {args.device}: there is none here, only {' and '.join({'cpu', best})}")
     args.device = best if args.device == "auto" else args.device
