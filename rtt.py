@@ -1624,7 +1624,7 @@ def train(models, train_tasks, eval_tasks, out, args, done=0, before=None):
     stream = itertools.islice(task_stream(train_tasks, args.seed), drawn, None)
     if warmup and not done:
         warm_up(models, stream, args)
-    interrupted, default = [], signal.default_int_handler  # the first Ctrl-C ends the loop, the second all
+    interrupted, default = [], signal.default_int_handler  # first Ctrl-C: ends the loop; second: the program
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, default)))
     bar = progress(range(done + 1, args.steps + 1), "train", initial=done, total=args.steps)
     for step in bar:
@@ -1632,20 +1632,16 @@ def train(models, train_tasks, eval_tasks, out, args, done=0, before=None):
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             result, _ = evaluate(policy, eval_tasks[: args.eval_prompts], args, models.judge)
             row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
-            tqdm.write(
-                f"step {step:>4}: reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, residual "
-                f"{row['residual']:.2f}; {result['prompts']} held-out prompts: "
-                f"{result['instruction']:.1%} / {result['rubric']:.1%}"
-            )
+            line = "step {step:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
+            line += "{prompts} held-out prompts: {eval_instruction:.1%} / {eval_rubric:.1%}"
+            tqdm.write(line.format(step=step, prompts=result["prompts"], **row))
         if args.show_every and step % args.show_every == 0:
             tqdm.write(show_credit(policy.tokenizer, *example))
         if RANK == 0:
             with open(metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(dict(step=step, **row)) + "\n")
-        bar.set_postfix_str(
-            f"reward {row['reward']:.2f}, acc {row['instruction']:.2f}/{row['rubric']:.2f}, "
-            f"H {row['entropy']:.2f}, tax {row['residual']:.2f}"
-        )
+        state = "reward {reward:.2f}, acc {instruction:.2f}/{rubric:.2f}, H {entropy:.2f}, tax {residual:.2f}"
+        bar.set_postfix_str(state.format(**row))
         stop = sum(gather(len(interrupted)))
         if stop or step == args.steps or step % args.save_every == 0:
             save_checkpoint(out, models, step, before)
