@@ -1100,13 +1100,10 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 
     "add": A + alpha * a.  "mix": (1 - alpha) * A + alpha * a.
     """
-    if how == "add":
-        advantage = response_adv[:, None] + alpha * token_adv
-    elif how == "mix":
-        advantage = (1 - alpha) * response_adv[:, None] + alpha * token_adv
-    else:
+    if how not in ("add", "mix"):
         raise ValueError(f"how must be 'add' or 'mix', not {how!r}")
-    return advantage.masked_fill(mask == 0, 0.0)
+    rest = 1 - alpha if how == "mix" else 1.0
+    return (rest * response_adv[:, None] + alpha * token_adv).masked_fill(mask == 0, 0.0)
 
 
 # ==================================================================================================
@@ -1213,13 +1210,12 @@ def policy_loss(
         x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs, advantages)
     )  # whatever stands at padding, even -inf or NaN, is ignored
     log_ratio = logprobs - old_logprobs  # [N, T]
-    ratio, scale = log_ratio.exp(), 1.0
+    ratio, scale = log_ratio.exp(), 1 / lengths if loss == "gspo" else 1.0
     if loss not in ("grpo", "grpo-fix"):
         sequence_ratio = (log_ratio.detach().sum(1, keepdim=True) / lengths).exp()  # [N, 1]
         ratio = sequence_ratio * (logprobs - logprobs.detach()).exp()  # the second factor is 1
     if loss in ("grpo", "gspo"):
         objective, weight = clipped_objective(ratio, advantages, *clip)
-        scale = 1.0 if loss == "grpo" else 1.0 / lengths
     else:
         weight = stop_gradient_weight(ratio.detach(), advantages, mask, group_size, loss, clip)
         objective = weight * advantages * logprobs
@@ -1865,8 +1861,7 @@ def parse_args(argv=None):
         help="model that decides rubrics which no rule can (default: the starting policy)")
     add("--out", metavar="DIR", default="",
         help="new folder for metrics, config and trained policy (default: runs/<time>)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-        help="auto takes the best there is")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: the best there is")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the computation; weights stay float32 (auto: bfloat16 on cuda)")
     add("--eval-only", action="store_true", help="measure the model on the held-out data, do not train")
@@ -1897,8 +1892,7 @@ def parse_args(argv=None):
         help="range around 1 (default: 0.2 0.2; gspo 3e-4 4e-4)")
     add("--updates", metavar="N", type=some, default=1, help="optimiser steps a rollout")
     add("--lr", metavar="X", type=positive, default=3e-4, help="learning rate of the policy (Adam, constant)")
-    add("--max-grad-norm", metavar="X", type=positive, default=1.0,
-        help="norm to which the gradient is limited")
+    add("--max-grad-norm", metavar="X", type=positive, default=1.0, help="limit of the gradient's norm")
     add("--kl", metavar="X", type=weight, default=0.0,
         help="weight of the KL to the starting policy; 0 costs nothing")
     add("--micro-batch", metavar="N", type=some, default=4, help="groups (prompts) a pass of the update")
