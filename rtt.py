@@ -677,12 +677,7 @@ def sample(
     alive = torch.arange(len(owner), device=device)  # rows in the batch
     ids = torch.full_like(uniform, pad_id, dtype=torch.long)
     logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
-
-    def step(token, place):  # both [alive, 1] -> logits [alive, V]
-        # where static, causality hides the slots that are still empty
-        seen = attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
-        return model(token, attention_mask=seen, position_ids=place, past_key_values=cache).logits[:, -1]
-
+    step = lambda token, place: model(token, attention_mask=seen, position_ids=place, past_key_values=cache)
     for t in range(max_new_tokens):
         logp = (logits.float() / temperature).log_softmax(-1)  # [alive, V]
         token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
@@ -695,9 +690,12 @@ def sample(
                 cache.batch_select_indices(going)
         if not len(going) or t + 1 == max_new_tokens:
             break
+        seen = (
+            attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
+        )  # causality hides the rest
         if static and device.type == "cuda" and t == 1:  # the step before has warmed everything up
             step = recorded(step, token, lengths + t)
-        logits = step(token, lengths + t)
+        logits = step(token, lengths + t).logits[:, -1]  # [alive, V]
     ended = torch.isin(ids, ends).cumsum(1)  # [N, T] 1 from the end token on
     mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
     used = slice(0, int(mask.sum(1).max()))
