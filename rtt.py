@@ -874,8 +874,8 @@ def judge_yes(judge, questions, batch=16):
     criterion. What the questions on one response share, above all the response, is computed once.
     """
     tokenizer, device, answers = judge.tokenizer, judge.model.device, [None] * len(questions)
-    first = lambda words: [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
-    yes, no = set(first(["yes", "Yes", " yes", " Yes"])), set(first(["no", "No", " no", " No"]))
+    first = lambda *words: {tokenizer(word, add_special_tokens=False).input_ids[0] for word in words}
+    yes, no = first("yes", "Yes", " yes", " Yes"), first("no", "No", " no", " No")
     yes, no = sorted(yes - no), sorted(no - yes)  # a lone space before both says nothing
     rows = [[encode_prompt(tokenizer, QUESTION.format(p, r, c)) for c in cs] for p, r, cs in questions]
     order = sorted(range(len(rows)), key=lambda m: len(rows[m][0]))  # like lengths together: less padding
@@ -1040,9 +1040,8 @@ def response_advantage(rewards, eps=1e-6):
     std is the population's (divided by G). Exactly 0 where all rewards are equal, so also for G = 1.
     """
     rewards = rewards.float()
-    mean, std = rewards.mean(-1, keepdim=True), rewards.std(-1, correction=0, keepdim=True)
-    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
-    return ((rewards - mean) / (std + eps)).masked_fill(equal, 0.0)
+    advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + eps)
+    return advantage.masked_fill((rewards == rewards[0]).all(), 0.0)
 
 
 def masked_normalize(x, mask, dim, eps):
@@ -1461,18 +1460,16 @@ def evaluate(policy, tasks, args, judge=None, discriminator=None):
             relevance = discriminator.predict(criteria_of(chunk, verdicts), rollout.ids, rollout.mask)
             scored.append(scored_tokens(relevance, evidence, verdicts, rollout.mask))
     records = sorted((r for part in gather(records) for r in part), key=lambda r: r["index"])
-    kinds = defaultdict(lambda: [0, 0])
+    met, kinds = [[rubric["satisfied"] for rubric in r["rubrics"]] for r in records], defaultdict(list)
     for rubric in (rubric for r in records for rubric in r["rubrics"]):
-        kinds[rubric["id"]][0] += rubric["satisfied"]
-        kinds[rubric["id"]][1] += 1
-    satisfied, total = map(sum, zip(*kinds.values()))
-    every = sum(all(rubric["satisfied"] for rubric in r["rubrics"]) for r in records)
-    result = dict(instruction=every / len(tasks), rubric=satisfied / total)
-    result["truncated"] = sum(r["truncated"] for r in records) / len(tasks)
+        kinds[rubric["id"]].append(rubric["satisfied"])
+    result = dict(instruction=fmean(map(all, met)), rubric=fmean(itertools.chain(*met)))
+    result["truncated"] = fmean(r["truncated"] for r in records)
     if discriminator:
         scored = [pair for part in gather(scored) for pair in part]
         result["f1"], result["auroc"] = f1_and_auroc(*map(torch.cat, zip(*scored)))
-    return result | dict(prompts=len(tasks), kinds=dict(sorted(kinds.items()))), records
+    kinds = {kind: [sum(satisfied), len(satisfied)] for kind, satisfied in sorted(kinds.items())}
+    return result | dict(prompts=len(tasks), kinds=kinds), records
 
 
 def record(index, task, text, truncated, verdicts, known):
