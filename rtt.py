@@ -690,9 +690,8 @@ def sample(
                 cache.batch_select_indices(going)
         if not len(going) or t + 1 == max_new_tokens:
             break
-        seen = (
-            attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
-        )  # causality hides the rest
+        # a static cache has all its slots in view: causality hides those that are still empty
+        seen = attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
         if static and device.type == "cuda" and t == 1:  # the step before has warmed everything up
             step = recorded(step, token, lengths + t)
         logits = step(token, lengths + t).logits[:, -1]  # [alive, V]
@@ -1406,9 +1405,9 @@ def criteria_of(tasks, verdicts):
 
     verdicts [N, K] -> for each of the N responses a list of texts.
     """
-    group_size, judged = len(verdicts) // len(tasks), lambda s: "yes" if s > 0 else "no"
-    rows = [(tasks[i // group_size].rubrics, row) for i, row in enumerate(verdicts.tolist())]
-    return [[f"{judged(s)}: {rubric.criterion}" for rubric, s in zip(*row)] for row in rows]
+    owners = [task for task in tasks for _ in range(len(verdicts) // len(tasks))]  # N tasks
+    text = lambda rubric, s: f"{'yes' if s > 0 else 'no'}: {rubric.criterion}"
+    return [list(map(text, task.rubrics, row)) for task, row in zip(owners, verdicts.tolist())]
 
 
 def group_advantages(rewards, verdicts, relevance, mask, args):
@@ -1459,15 +1458,15 @@ def evaluate(policy, tasks, args, judge=None, discriminator=None):
         if discriminator:
             relevance = discriminator.predict(criteria_of(chunk, verdicts), rollout.ids, rollout.mask)
             scored.append(scored_tokens(relevance, evidence, verdicts, rollout.mask))
-    records = sorted((r for part in gather(records) for r in part), key=lambda r: r["index"])
+    records = sorted(itertools.chain(*gather(records)), key=lambda r: r["index"])
     met, kinds = [[rubric["satisfied"] for rubric in r["rubrics"]] for r in records], defaultdict(list)
-    for rubric in (rubric for r in records for rubric in r["rubrics"]):
+    for rubric in itertools.chain(*(r["rubrics"] for r in records)):
         kinds[rubric["id"]].append(rubric["satisfied"])
     result = dict(instruction=fmean(map(all, met)), rubric=fmean(itertools.chain(*met)))
     result["truncated"] = fmean(r["truncated"] for r in records)
     if discriminator:
-        scored = [pair for part in gather(scored) for pair in part]
-        result["f1"], result["auroc"] = f1_and_auroc(*map(torch.cat, zip(*scored)))
+        scored = zip(*itertools.chain(*gather(scored)))
+        result["f1"], result["auroc"] = f1_and_auroc(*map(torch.cat, scored))
     kinds = {kind: [sum(satisfied), len(satisfied)] for kind, satisfied in sorted(kinds.items())}
     return result | dict(prompts=len(tasks), kinds=kinds), records
 
@@ -1737,7 +1736,7 @@ def load_models(tasks, args):
             settings = (args.discriminator_lr, args.device, args.dtype)
             discriminator = RelevanceDiscriminator(name, tokenizer, *settings)
     if not args.eval_only and args.kl:
-        reference = copy.deepcopy(policy.model).eval()
+        reference = copy.deepcopy(policy.model)
     if args.gradient_checkpointing:
         for learner in filter(None, (policy, discriminator)):
             learner.model.gradient_checkpointing_enable(dict(use_reentrant=False))
