@@ -1669,7 +1669,7 @@ def save_checkpoint(out, models, done, before):
     Random numbers come from seeds in the stream of tasks, but for the pairs that the discriminator draws.
     """
     state = {name: part.state_dict() for name, part in trained(models).items()}
-    state |= dict(done=done, before=before, random=torch.get_rng_state())
+    state |= dict(done=done, before=before, random=gather(torch.get_rng_state()))
     write_whole(out / f"checkpoint-{done:06}.pt", state)
     for old in sorted(out.glob("checkpoint-*.pt"))[: 0 if RANK else -2]:
         old.unlink()
@@ -1684,7 +1684,7 @@ def load_checkpoint(out, models):
         state = torch.load(newest, map_location="cpu", weights_only=True)
         for name, part in trained(models).items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
+        torch.set_rng_state(state["random"][RANK % len(state["random"])])
         return state["done"], state["before"]
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
