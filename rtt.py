@@ -1363,7 +1363,7 @@ def loading(flag, name):
     except BadInput:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = f"cannot be loaded ({reason}); python rtt.py alone needs no download"
         raise BadInput(f"{flag} {name}: {reason}") from None
 
@@ -1676,7 +1676,7 @@ def save_checkpoint(out, models, done, before):
 
 
 def load_checkpoint(out, models):
-    """Put everything back as it was at the newest checkpoint, if any. Returns done and before, as for train."""
+    """Put everything back as it was at the newest checkpoint, if any. Returns done and before, for train."""
     newest = max(out.glob("checkpoint-*.pt"), default=None)
     if newest is None:
         return 0, None
