@@ -84,6 +84,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
@@ -585,12 +586,11 @@ def positions(attention_mask):
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def left_pad(rows, pad_id, device):
+def padded(rows, pad_id, device, side="left"):
     """Lists of token ids -> ids [P, L], mask [P, L]."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids.to(device), mask.to(device)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    filled = lambda rows, value: pad_sequence(rows, True, value, side).to(device)
+    return filled(ids, pad_id), filled([torch.ones_like(row) for row in ids], 0)
 
 
 def draw(logp, uniform):
@@ -633,26 +633,21 @@ def sample(
     device, shape = model.device, (group_size, max_new_tokens)
     static = device.type == "cuda" and model._can_compile_fullgraph if static is None else static
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniform = torch.cat([torch.rand(shape, generator=g) for g in generators]).to(device)  # [N, T]
+    uniform = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniform = torch.cat(uniform).to(device)  # [N, T]
     ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
 
-    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # [P, L]
+    prompt_ids, prompt_mask = padded(prompts, pad_id, device)  # [P, L]
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [N]
     logits, cache = prefill(model, prompt_ids, prompt_mask, owner)  # [N, V]
     lengths = prompt_mask.sum(1, keepdim=True)[owner]  # [N, 1]
     attention = F.pad(prompt_mask[owner], (0, max_new_tokens), value=1)  # [N, L + T]
-    cache = fixed_size(cache, attention.shape[1]) if static else cache
+    if static:
+        cache = Cache(layers=[FixedLayer(layer, attention.shape[1]) for layer in cache.layers])
     alive = torch.arange(len(owner), device=device)  # rows in the batch
     ids = torch.full_like(uniform, pad_id, dtype=torch.long)
     logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
-
-    def step(token, place):  # both [alive, 1] -> logits [alive, V]
-        seen = (
-            attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
-        )  # causality hides empty slots
-        return model(token, attention_mask=seen, position_ids=place, past_key_values=cache).logits[:, -1]
-
+    step = lambda token, place: model(token, attention_mask=seen, position_ids=place, past_key_values=cache)
     for t in range(max_new_tokens):
         logp = (logits.float() / temperature).log_softmax(-1)  # [alive, V]
         token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
@@ -665,37 +660,32 @@ def sample(
                 cache.batch_select_indices(going)
         if not len(going) or t + 1 == max_new_tokens:
             break
+        # a static cache has all its slots in view: causality hides those that are still empty
+        seen = attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
         if static and device.type == "cuda" and t == 1:  # the step before has warmed everything up
             step = recorded(step, token, lengths + t)
-        logits = step(token, lengths + t)
+        logits = step(token, lengths + t).logits[:, -1]  # [alive, V]
     ended = torch.isin(ids, ends).cumsum(1)  # [N, T] 1 from the end token on
     mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
     used = slice(0, int(mask.sum(1).max()))
-    rows = (
-        ids.masked_fill(mask == 0, pad_id),
-        mask,
-        logprobs * mask,
-        entropy * mask,
-    )  # static: ended rows went on
+    rows = ids.masked_fill(mask == 0, pad_id), mask, logprobs * mask, entropy * mask  # ended rows may go on
     return Rollout(prompt_ids, prompt_mask, *(x[:, used] for x in rows), truncated=ended[:, -1] == 0)
 
 
 class FixedLayer(StaticLayer):
-    """A layer of a cache that is allocated once, in one type: autocast computes keys and values in two."""
+    """A layer of a cache, begun as `grown`, with room for `length` tokens from the start, in one type.
+
+    Autocast computes keys and values in two types; attention would round both to its own anyway.
+    """
+
+    def __init__(self, grown, length):
+        super().__init__(length)
+        kind = grown.keys.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else grown.dtype
+        self.update(grown.keys, grown.values)
 
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys.to(self.dtype), values.to(self.dtype))
-
-
-def fixed_size(cache, length):
-    """The cache with room for `length` tokens from the start, so that it fills up where others grow."""
-    kind = cache.layers[0].keys.device.type
-    in_half = torch.is_autocast_enabled(kind)  # attention would round to this type anyway
-    fixed = Cache(layers=[FixedLayer(length) for _ in cache.layers])
-    for layer, grown in zip(fixed.layers, cache.layers):
-        layer.dtype = torch.get_autocast_dtype(kind) if in_half else grown.dtype
-        layer.update(grown.keys, grown.values)
-    return fixed
 
 
 def recorded(step, *tensors):
@@ -721,17 +711,12 @@ def precision(device, dtype):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-@contextmanager
 def head_at(model, mask):
-    """Inside, the output head sees only the positions of mask [N, T]: logits are [M, V], not [N, T, V].
+    """A context in which the output head sees only mask [N, T]: logits are [M, V], not [N, T, V].
 
     A hook, since transformers' own `logits_to_keep` keeps the same positions in every row.
     """
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][mask],))
-    try:
-        yield
-    finally:
-        hook.remove()
+    return model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][mask],))
 
 
 def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
@@ -767,9 +752,8 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
         return blank.masked_scatter(mask, chosen_logprobs(logits, targets[mask], temperature))
     owner = torch.arange(len(ids), device=ids.device) // G  # [N]
     logits, cache = prefill(model, ids[::G, :L], attention_mask[::G, :L], owner)  # [N, V]
-    first = chosen_logprobs(logits, targets[:, 0], temperature).masked_fill(~mask[:, 0], 0.0)[
-        :, None
-    ]  # [N, 1]
+    first = chosen_logprobs(logits, targets[:, 0], temperature)[:, None]  # [N, 1]
+    first = first.masked_fill(~mask[:, :1], 0.0)
     if T == 1:
         return first
     inputs = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1], past_key_values=cache)
@@ -819,12 +803,7 @@ def token_spans(tokenizer, responses):
             ends = [0, *itertools.accumulate(map(len, parts))]
             tokens.append(list(zip(ends, ends[1:])))
             continue
-        row, whole, base, done = (
-            [],
-            0,
-            0,
-            0,
-        )  # the first `whole` tokens write just the first `base` characters
+        row, whole, base, done = [], 0, 0, 0  # the first `whole` tokens write the first `base` characters
         for t in range(1, len(ids) + 1):
             piece = decode(ids[whole:t])
             cut = piece.endswith("\ufffd")  # the last character is begun
@@ -863,32 +842,24 @@ def judge_yes(judge, questions, batch=16):
     judge: a Policy. questions: tuples (prompt, response, list of criteria) -> for each a tensor, a number a
     criterion. What the questions on one response share, above all the response, is computed once.
     """
-    judge.model.eval()
     tokenizer, device, answers = judge.tokenizer, judge.model.device, [None] * len(questions)
-    first = lambda words: [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
-    yes, no = set(first(["yes", "Yes", " yes", " Yes"])), set(first(["no", "No", " no", " No"]))
+    first = lambda *words: {tokenizer(word, add_special_tokens=False).input_ids[0] for word in words}
+    yes, no = first("yes", "Yes", " yes", " Yes"), first("no", "No", " no", " No")
     yes, no = sorted(yes - no), sorted(no - yes)  # a lone space before both says nothing
-    rows = [
-        [encode_prompt(tokenizer, QUESTION.format(p, r, c)) for c in criteria] for p, r, criteria in questions
-    ]
+    rows = [[encode_prompt(tokenizer, QUESTION.format(p, r, c)) for c in cs] for p, r, cs in questions]
     order = sorted(range(len(rows)), key=lambda m: len(rows[m][0]))  # like lengths together: less padding
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         heads = [os.path.commonprefix([row[:-1] for row in rows[m]]) for m in part]
         tails = [row[len(head) :] for m, head in zip(part, heads) for row in rows[m]]
         owner = torch.tensor([b for b, m in enumerate(part) for _ in rows[m]], device=device)  # [M]
-        ids, mask = left_pad(heads, 0, device)
-        _, cache = prefill(judge.model, ids, mask, owner)
-        ids, tail_mask = (
-            x.flip(1) for x in left_pad([tail[::-1] for tail in tails], 0, device)
-        )  # right-padded
-        mask = torch.cat([mask[owner], tail_mask], 1)
-        inputs = dict(
-            attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :], past_key_values=cache
-        )
-        with head_at(
-            judge.model, F.one_hot(tail_mask.sum(1) - 1, ids.shape[1]).bool()
-        ):  # each tail's last token
+        ids, head_mask = padded(heads, 0, device)
+        _, cache = prefill(judge.model, ids, head_mask, owner)
+        ids, tail_mask = padded(tails, 0, device, "right")
+        mask = torch.cat([head_mask[owner], tail_mask], 1)
+        place, last = positions(mask)[:, -ids.shape[1] :], F.one_hot(tail_mask.sum(1) - 1, ids.shape[1])
+        with head_at(judge.model, last.bool()):  # each tail's last token
+            inputs = dict(attention_mask=mask, position_ids=place, past_key_values=cache)
             logp = judge.model(ids, **inputs).logits.float()  # [M, V]
         sure = (logp[:, yes].logsumexp(1) - logp[:, no].logsumexp(1)).sigmoid()  # [M]
         for m, answer in zip(part, sure.cpu().split([len(rows[m]) for m in part])):
@@ -959,7 +930,7 @@ class RelevanceDiscriminator:
     def logits(self, criteria, ids, mask):
         """criteria: M texts; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
         texts = self.tokenizer([f"{criterion}\n" for criterion in criteria], add_special_tokens=False)
-        criterion_ids, criterion_mask = left_pad(texts.input_ids, 0, ids.device)
+        criterion_ids, criterion_mask = padded(texts.input_ids, 0, ids.device)
         attention = torch.cat([criterion_mask, mask], 1)  # [M, C + T]
         inputs = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
         with precision(ids.device, self.dtype):
@@ -1002,12 +973,7 @@ class RelevanceDiscriminator:
             labels, weight = evidence[i, k, :T], mask[i, :T].float()
             loss = F.binary_cross_entropy_with_logits(logits, labels, weight=weight, reduction="sum")
             (loss / total).backward()
-        add_gradients(self.model)
-        if math.isfinite(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)):
-            self.optimizer.step()
-        else:
-            tqdm.write("step of the discriminator skipped: its gradient is not finite")
-        self.optimizer.zero_grad()
+        descend(self.model, self.optimizer)
 
 
 def f1_and_auroc(relevance, evidence):
@@ -1016,7 +982,6 @@ def f1_and_auroc(relevance, evidence):
     AUROC is the chance that a relevant token scores above an irrelevant one, ties counted half; 0.5,
     which says nothing, where either kind is missing.
     """
-    relevance, evidence = relevance.cpu(), evidence.cpu()
     positive, predicted = evidence > 0.5, relevance > 0.5
     f1 = 2 * (positive & predicted).sum() / (positive.sum() + predicted.sum()).clamp(min=1)
     _, inverse, counts = relevance.unique(return_inverse=True, return_counts=True)
@@ -1035,7 +1000,6 @@ def f1_and_auroc(relevance, evidence):
 # RTT's group partitioning problem; the partitions below differ in one line.
 # ==================================================================================================
 
-
 PARTITIONS = ("intra", "inter", "rubric", "verdict")
 
 
@@ -1045,9 +1009,8 @@ def response_advantage(rewards, eps=1e-6):
     std is the population's (divided by G). Exactly 0 where all rewards are equal, so also for G = 1.
     """
     rewards = rewards.float()
-    mean, std = rewards.mean(-1, keepdim=True), rewards.std(-1, correction=0, keepdim=True)
-    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)
-    return ((rewards - mean) / (std + eps)).masked_fill(equal, 0.0)
+    advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + eps)
+    return advantage.masked_fill((rewards == rewards[0]).all(), 0.0)
 
 
 def masked_normalize(x, mask, dim, eps):
@@ -1103,13 +1066,10 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 
     "add": A + alpha * a.  "mix": (1 - alpha) * A + alpha * a.
     """
-    if how == "add":
-        advantage = response_adv[:, None] + alpha * token_adv
-    elif how == "mix":
-        advantage = (1 - alpha) * response_adv[:, None] + alpha * token_adv
-    else:
+    if how not in ("add", "mix"):
         raise ValueError(f"how must be 'add' or 'mix', not {how!r}")
-    return advantage.masked_fill(mask == 0, 0.0)
+    rest = 1 - alpha if how == "mix" else 1.0
+    return (rest * response_adv[:, None] + alpha * token_adv).masked_fill(mask == 0, 0.0)
 
 
 # ==================================================================================================
@@ -1216,13 +1176,12 @@ def policy_loss(
         x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs, advantages)
     )  # whatever stands at padding, even -inf or NaN, is ignored
     log_ratio = logprobs - old_logprobs  # [N, T]
-    ratio, scale = log_ratio.exp(), 1.0
+    ratio, scale = log_ratio.exp(), 1 / lengths if loss == "gspo" else 1.0
     if loss not in ("grpo", "grpo-fix"):
         sequence_ratio = (log_ratio.detach().sum(1, keepdim=True) / lengths).exp()  # [N, 1]
         ratio = sequence_ratio * (logprobs - logprobs.detach()).exp()  # the second factor is 1
     if loss in ("grpo", "gspo"):
         objective, weight = clipped_objective(ratio, advantages, *clip)
-        scale = 1.0 if loss == "grpo" else 1.0 / lengths
     else:
         weight = stop_gradient_weight(ratio.detach(), advantages, mask, group_size, loss, clip)
         objective = weight * advantages * logprobs
@@ -1240,13 +1199,10 @@ def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
     """The weights [N, T] of the losses that cancel on shared tokens: ratio [N, T] without gradient (TGC)."""
     if loss == "grpo-fix":
         return ratio.clamp(1 - clip[0], 1 + clip[1])
-    sequence_ratio = ratio[:, 0].view(-1, group_size)  # [P, G]
+    ratios = ratio[:, 0].view(-1, group_size)  # [P, G], of the responses
     mean_advantage = ((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).view(-1, group_size)  # [P, G]
-    if loss == "dfpo-min":
-        weight = min_replace(sequence_ratio)
-    else:
-        weight = adv_orthogonal(sequence_ratio, mean_advantage)
-    return weight.reshape(-1, 1).expand_as(ratio)
+    cancels = min_replace(ratios) if loss == "dfpo-min" else adv_orthogonal(ratios, mean_advantage)  # [P, G]
+    return cancels.reshape(-1, 1).expand_as(ratio)
 
 
 def k3(log_p, log_q):
@@ -1287,11 +1243,22 @@ def gather(value):
     return values
 
 
-def add_gradients(model):
-    """Sum the gradients of all processes; with a global denominator, those of one process with all rows."""
+def descend(model, optimizer, max_norm=1.0, loss=0.0):
+    """A step on the sum of all processes' gradients (with a global denominator, that of one with all rows).
+
+    Returns the gradient's norm, and whether the step was made: not where this or the loss is not finite.
+    """
     for weight in model.parameters() if WORLD > 1 else ():
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         dist.all_reduce(weight.grad)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
+        optimizer.step()
+    else:
+        tqdm.write(f"step of {type(model).__name__} skipped: loss {loss}, gradient norm {norm}")
+    optimizer.zero_grad()
+    return norm, finite
 
 
 def update(model, optimizer, rollout, advantages, args, reference=None):
@@ -1303,10 +1270,8 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
     reference: for --kl.
     """
     model.train()
-    G, steps, skipped = args.group_size, [], 0
-    shared = (
-        1 if args.gradient_checkpointing else G
-    )  # responses that are scored on one computation of their prompt
+    G, steps = args.group_size, []
+    shared = 1 if args.gradient_checkpointing else G  # responses that share one computation of their prompt
     own = int(loss_denominator(rollout.mask, args.loss)), int(rollout.mask.sum())
     denominator, tokens = map(sum, zip(*gather(own)))
     for _ in range(args.updates):
@@ -1326,18 +1291,13 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
             stats["loss"] += loss.item()
             for name, value in part.items():
                 stats[name] += value * float(mask.sum() / tokens)
-        add_gradients(model)
         stats = {name: sum(part[name] for part in gather(stats)) for name in stats}
-        stats["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
-            optimizer.step()
-            steps.append(stats | {"residual": mean_residual(coef, rollout, G)})
-        else:
-            skipped += 1
-            tqdm.write(f"update skipped: loss {stats['loss']}, gradient norm {stats['grad_norm']}")
-        optimizer.zero_grad()
+        norm, finite = descend(model, optimizer, args.max_grad_norm, stats["loss"])
+        if finite:
+            steps.append(stats | dict(grad_norm=norm, residual=mean_residual(coef, rollout, G)))
     names = ("loss", "grad_norm", "clip_fraction", "approx_kl", "residual")
-    return {name: sum(s[name] for s in steps) / max(len(steps), 1) for name in names} | {"skipped": skipped}
+    means = {name: sum(s[name] for s in steps) / max(len(steps), 1) for name in names}
+    return means | {"skipped": args.updates - len(steps)}
 
 
 def mean_residual(coef, rollout, group_size):
@@ -1373,7 +1333,7 @@ def loading(flag, name):
     except BadInput:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = f"cannot be loaded ({reason}); python rtt.py alone needs no download"
         raise BadInput(f"{flag} {name}: {reason}") from None
 
@@ -1415,19 +1375,18 @@ def criteria_of(tasks, verdicts):
 
     verdicts [N, K] -> for each of the N responses a list of texts.
     """
-    group_size, judged = len(verdicts) // len(tasks), lambda s: "yes" if s > 0 else "no"
-    rows = [(tasks[i // group_size].rubrics, row) for i, row in enumerate(verdicts.tolist())]
-    return [[f"{judged(s)}: {rubric.criterion}" for rubric, s in zip(*row)] for row in rows]
+    owners = [task for task in tasks for _ in range(len(verdicts) // len(tasks))]  # N tasks
+    text = lambda rubric, s: f"{'yes' if s > 0 else 'no'}: {rubric.criterion}"
+    return [list(map(text, task.rubrics, row)) for task, row in zip(owners, verdicts.tolist())]
 
 
 def group_advantages(rewards, verdicts, relevance, mask, args):
     """Section 5 for each group of a batch: rewards [N], verdicts [N, K], relevance [N, K, T] -> [N, T]."""
     advantages = []
-    for n in range(0, len(mask), args.group_size):
-        group = slice(n, n + args.group_size)
-        response_adv = response_advantage(rewards[group])  # [G]
-        token_adv = token_advantage(verdicts[group], relevance[group], mask[group], args.partition)  # [G, T]
-        advantages.append(combine_advantages(response_adv, token_adv, mask[group], args.alpha, args.combine))
+    groups = zip(*(x.split(args.group_size) for x in (rewards, verdicts, relevance, mask)))
+    for R, s, w, valid in groups:  # [G], [G, K], [G, K, T], [G, T]
+        response_adv, token_adv = response_advantage(R), token_advantage(s, w, valid, args.partition)
+        advantages.append(combine_advantages(response_adv, token_adv, valid, args.alpha, args.combine))
     return torch.cat(advantages)
 
 
@@ -1469,19 +1428,17 @@ def evaluate(policy, tasks, args, judge=None, discriminator=None):
         if discriminator:
             relevance = discriminator.predict(criteria_of(chunk, verdicts), rollout.ids, rollout.mask)
             scored.append(scored_tokens(relevance, evidence, verdicts, rollout.mask))
-    records = sorted((r for part in gather(records) for r in part), key=lambda r: r["index"])
-    kinds = defaultdict(lambda: [0, 0])
-    for rubric in (rubric for r in records for rubric in r["rubrics"]):
-        kinds[rubric["id"]][0] += rubric["satisfied"]
-        kinds[rubric["id"]][1] += 1
-    satisfied, total = map(sum, zip(*kinds.values()))
-    every = sum(all(rubric["satisfied"] for rubric in r["rubrics"]) for r in records)
-    result = dict(instruction=every / len(tasks), rubric=satisfied / total)
-    result["truncated"] = sum(r["truncated"] for r in records) / len(tasks)
+    records = sorted(itertools.chain(*gather(records)), key=lambda r: r["index"])
+    met, kinds = [[rubric["satisfied"] for rubric in r["rubrics"]] for r in records], defaultdict(list)
+    for rubric in itertools.chain(*(r["rubrics"] for r in records)):
+        kinds[rubric["id"]].append(rubric["satisfied"])
+    result = dict(instruction=fmean(map(all, met)), rubric=fmean(itertools.chain(*met)))
+    result["truncated"] = fmean(r["truncated"] for r in records)
     if discriminator:
-        scored = [pair for part in gather(scored) for pair in part]
-        result["f1"], result["auroc"] = f1_and_auroc(*map(torch.cat, zip(*scored)))
-    return result | dict(prompts=len(tasks), kinds=dict(sorted(kinds.items()))), records
+        scored = zip(*itertools.chain(*gather(scored)))
+        result["f1"], result["auroc"] = f1_and_auroc(*map(torch.cat, scored))
+    kinds = {kind: [sum(satisfied), len(satisfied)] for kind, satisfied in sorted(kinds.items())}
+    return result | dict(prompts=len(tasks), kinds=kinds), records
 
 
 def record(index, task, text, truncated, verdicts, known):
@@ -1495,19 +1452,15 @@ def record(index, task, text, truncated, verdicts, known):
 
 def table(*results):
     """Held-out accuracy, overall and per kind of rubric: of one evaluation, or of two and the change."""
-
-    def line(name, count, *shares):
-        change = [f"{100 * (shares[1] - shares[0]):>+9.1f}"] if len(shares) == 2 else []
-        return "".join([f"{name:<42}{count:>7}", *(f"{100 * x:>9.1f}" for x in shares), *change])
-
-    first, shares = results[0], lambda level: [result[level] for result in results]
-    names = "".join(f"{name:>9}" for name in ("before", "after", "change")) if len(results) == 2 else ""
-    rows = [f"{'held-out accuracy, %':<42}{'count':>7}{names}"]
-    rows.append(line("instruction level (all rubrics)", first["prompts"], *shares("instruction")))
-    rows.append(line("rubric level", sum(n for _, n in first["kinds"].values()), *shares("rubric")))
-    for kind, (_, n) in first["kinds"].items():
-        rows.append(line(f"  {kind}", n, *(result["kinds"][kind][0] / n for result in results)))
-    return "\n".join(rows)
+    two, kinds = len(results) == 2, {kind: n for kind, (_, n) in results[0]["kinds"].items()}
+    rows = [("instruction level (all rubrics)", results[0]["prompts"], [r["instruction"] for r in results])]
+    rows += [("rubric level", sum(kinds.values()), [r["rubric"] for r in results])]
+    rows += [(f"  {kind}", n, [r["kinds"][kind][0] / n for r in results]) for kind, n in kinds.items()]
+    lines = [f"{'held-out accuracy, %':<42}{'count':>7}" + f"{'before':>9}{'after':>9}{'change':>9}" * two]
+    for name, count, shares in rows:
+        change = f"{100 * (shares[-1] - shares[0]):>+9.1f}" * two
+        lines.append(f"{name:<42}{count:>7}" + "".join(f"{100 * x:>9.1f}" for x in shares) + change)
+    return "\n".join(lines)
 
 
 def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
@@ -1523,13 +1476,9 @@ def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
         piece = text[max(start, shown) : end] or "⏎" * (start == len(text))  # ⏎: the end token
         pieces.append(colour.format(piece.rstrip("\n")) + "\n" * piece.count("\n"))
         shown = max(shown, end)
-    marks = ", ".join(
-        f"[{'x' if s > 0 else ' '}] {r.criterion}" for s, r in zip(verdicts.tolist(), task.rubrics)
-    )
+    boxes = ["[x]" if s > 0 else "[ ]" for s in verdicts.tolist()]
+    marks = ", ".join(f"{box} {rubric.criterion}" for box, rubric in zip(boxes, task.rubrics))
     return f"\n{task.prompt}\n{marks}; advantage {mean:+.2f}\n{''.join(pieces)}\n"
-
-
-PHASES = ("rollout", "verify", "relevance", "update")
 
 
 @contextmanager
@@ -1621,23 +1570,21 @@ def merged(rows):
     return {name: rule(name)([row[name] for row in rows]) for name in rows[0]}
 
 
-def train(models, train_tasks, eval_tasks, out, args, done=0, position=0, before=None):
+def train(models, train_tasks, eval_tasks, out, args, done=0, before=None):
     """Warm-up, then the steps after `done`; one line a step to metrics.jsonl, and checkpoints.
 
-    done, position, before: from a checkpoint: steps, tasks drawn from the stream, and the first evaluation.
+    done, before: from a checkpoint, or for the next: steps, and the first evaluation.
     Ctrl-C ends it after a whole step, with a checkpoint and exit status 130.
     """
-    metrics = out / "metrics.jsonl"
+    metrics, policy = out / "metrics.jsonl", models.policy
     if metrics.is_file():  # what came after the checkpoint is done again
         write_whole(metrics, "".join(metrics.read_text(encoding="utf-8").splitlines(True)[:done]))
-    stream, policy = itertools.islice(task_stream(train_tasks, args.seed), position, None), models.policy
-    if models.discriminator and not position:
+    warmup = args.warmup if models.discriminator else 0
+    drawn = (warmup + done) * args.prompts if done else 0  # tasks that the stream gave before the checkpoint
+    stream = itertools.islice(task_stream(train_tasks, args.seed), drawn, None)
+    if warmup and not done:
         warm_up(models, stream, args)
-        position = args.warmup * args.prompts
-    interrupted, default = (
-        [],
-        signal.default_int_handler,
-    )  # the first Ctrl-C ends the loop, the second the program
+    interrupted, default = [], signal.default_int_handler  # first Ctrl-C: ends the loop; second: the program
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, default)))
     bar = progress(range(done + 1, args.steps + 1), "train", initial=done, total=args.steps)
     for step in bar:
@@ -1645,24 +1592,19 @@ def train(models, train_tasks, eval_tasks, out, args, done=0, position=0, before
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             result, _ = evaluate(policy, eval_tasks[: args.eval_prompts], args, models.judge)
             row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
-            tqdm.write(
-                f"step {step:>4}: reward {row['reward']:.3f}, entropy {row['entropy']:.2f}, residual "
-                f"{row['residual']:.2f}; {result['prompts']} held-out prompts: "
-                f"{result['instruction']:.1%} / {result['rubric']:.1%}"
-            )
+            line = "step {step:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
+            line += "{prompts} held-out prompts: {eval_instruction:.1%} / {eval_rubric:.1%}"
+            tqdm.write(line.format(step=step, prompts=result["prompts"], **row))
         if args.show_every and step % args.show_every == 0:
             tqdm.write(show_credit(policy.tokenizer, *example))
         if RANK == 0:
             with open(metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(dict(step=step, **row)) + "\n")
-        bar.set_postfix_str(
-            f"reward {row['reward']:.2f}, acc {row['instruction']:.2f}/{row['rubric']:.2f}, "
-            f"H {row['entropy']:.2f}, tax {row['residual']:.2f}"
-        )
+        state = "reward {reward:.2f}, acc {instruction:.2f}/{rubric:.2f}, H {entropy:.2f}, tax {residual:.2f}"
+        bar.set_postfix_str(state.format(**row))
         stop = sum(gather(len(interrupted)))
         if stop or step == args.steps or step % args.save_every == 0:
-            reached = dict(done=step, position=position + (step - done) * args.prompts, before=before)
-            save_checkpoint(out, models, reached)
+            save_checkpoint(out, models, step, before)
         if stop and step < args.steps:
             print(f"stopped after a whole step; to go on: python rtt.py --resume {out}")
             sys.exit(130)
@@ -1691,35 +1633,33 @@ def trained(models):
     return parts | (dict(discriminator=learner.model, its_optimizer=learner.optimizer) if learner else {})
 
 
-def save_checkpoint(out, models, reached):
+def save_checkpoint(out, models, done, before):
     """Everything that the rest of a run depends on, in one file; the last two are kept.
 
     Random numbers come from seeds in the stream of tasks, but for the pairs that the discriminator draws.
     """
     state = {name: part.state_dict() for name, part in trained(models).items()}
-    write_whole(
-        out / f"checkpoint-{reached['done']:06}.pt", dict(state, **reached, random=torch.get_rng_state())
-    )
+    state |= dict(done=done, before=before, random=gather(torch.get_rng_state()))
+    write_whole(out / f"checkpoint-{done:06}.pt", state)
     for old in sorted(out.glob("checkpoint-*.pt"))[: 0 if RANK else -2]:
         old.unlink()
 
 
 def load_checkpoint(out, models):
-    """Put everything back as it was at the newest checkpoint, if any. Returns the last arguments of train."""
-    names, newest = ("done", "position", "before"), max(out.glob("checkpoint-*.pt"), default=None)
+    """Put everything back as it was at the newest checkpoint, if any. Returns done and before, for train."""
+    newest = max(out.glob("checkpoint-*.pt"), default=None)
     if newest is None:
-        return dict(done=0, position=0, before=None)
+        return 0, None
     try:
         state = torch.load(newest, map_location="cpu", weights_only=True)
         for name, part in trained(models).items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
-        return {name: state[name] for name in names}
+        torch.set_rng_state(state["random"][RANK % len(state["random"])])
+        return state["done"], state["before"]
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise BadInput(
-            f"{newest}: damaged, or of another model ({reason}); without it, the one before counts"
-        ) from None
+        reason = f"damaged, or of another model ({reason}); without it, the one before counts"
+        raise BadInput(f"{newest}: {reason}") from None
 
 
 def open_run(out):
@@ -1766,7 +1706,7 @@ def load_models(tasks, args):
             settings = (args.discriminator_lr, args.device, args.dtype)
             discriminator = RelevanceDiscriminator(name, tokenizer, *settings)
     if not args.eval_only and args.kl:
-        reference = copy.deepcopy(policy.model).eval()
+        reference = copy.deepcopy(policy.model)
     if args.gradient_checkpointing:
         for learner in filter(None, (policy, discriminator)):
             learner.model.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -1784,7 +1724,7 @@ def run(args):
     torch.manual_seed(args.seed)
     try:
         models = load_models(train_tasks + eval_tasks, args)
-        reached = load_checkpoint(out, models)
+        done, before = load_checkpoint(out, models)
     except BadInput:
         if new:
             out.rmdir()  # still empty
@@ -1795,9 +1735,9 @@ def run(args):
         result, records = evaluate(policy, eval_tasks, args, judge)
         print(table(result))
     else:
-        before = reached["before"] = reached["before"] or evaluate(policy, eval_tasks, args, judge)[0]
+        before = before or evaluate(policy, eval_tasks, args, judge)[0]
         print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
-        train(models, train_tasks, eval_tasks, out, args, **reached)
+        train(models, train_tasks, eval_tasks, out, args, done, before)
         after, records = evaluate(policy, eval_tasks, args, judge, models.discriminator)
         result = dict(before=before, after=after)
         print("\n" + table(before, after))
@@ -1816,12 +1756,11 @@ def summary(out, after):
     """How good the discriminator is and how long a step took, from the last evaluation and metrics.jsonl."""
     rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
     average = lambda name: fmean(row[name] for row in rows)
-    phases = ", ".join(f"{phase} {average('seconds_' + phase):.2f}" for phase in PHASES)
-    found = (
-        "\ndiscriminator on held-out prompts: token F1 {f1:.3f}, AUROC {auroc:.3f}\n" if "f1" in after else ""
-    )
+    phases = [name for name in rows[0] if name.startswith("seconds_")]
+    phases = ", ".join(f"{name.removeprefix('seconds_')} {average(name):.2f}" for name in phases)
     speed = f"{average('seconds'):.2f} ({phases}); {average('tokens_per_second'):.0f} response tokens/s"
-    return found.format(**after) + f"seconds a step: {speed}"
+    found = "\ndiscriminator on held-out prompts: token F1 {f1:.3f}, AUROC {auroc:.3f}\n"
+    return (found.format(**after) if "f1" in after else "") + f"seconds a step: {speed}"
 
 
 def beside(name):
@@ -1842,10 +1781,9 @@ def number(kind, least, what):
     def parse(text):
         try:
             value = kind(text)
-            good = math.isfinite(value) and least <= value and (kind is float or value < 2**62)
-        except (ValueError, OverflowError):
-            good = False
-        if not good:
+        except ValueError:
+            value = math.nan
+        if not least <= value < (2**62 if kind is int else math.inf):
             raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
         return value
 
@@ -1887,8 +1825,7 @@ def parse_args(argv=None):
         help="model that decides rubrics which no rule can (default: the starting policy)")
     add("--out", metavar="DIR", default="",
         help="new folder for metrics, config and trained policy (default: runs/<time>)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-        help="auto takes the best there is")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: the best there is")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the computation; weights stay float32 (auto: bfloat16 on cuda)")
     add("--eval-only", action="store_true", help="measure the model on the held-out data, do not train")
@@ -1919,8 +1856,7 @@ def parse_args(argv=None):
         help="range around 1 (default: 0.2 0.2; gspo 3e-4 4e-4)")
     add("--updates", metavar="N", type=some, default=1, help="optimiser steps a rollout")
     add("--lr", metavar="X", type=positive, default=3e-4, help="learning rate of the policy (Adam, constant)")
-    add("--max-grad-norm", metavar="X", type=positive, default=1.0,
-        help="norm to which the gradient is limited")
+    add("--max-grad-norm", metavar="X", type=positive, default=1.0, help="limit of the gradient's norm")
     add("--kl", metavar="X", type=weight, default=0.0,
         help="weight of the KL to the starting policy; 0 costs nothing")
     add("--micro-batch", metavar="N", type=some, default=4, help="groups (prompts) a pass of the update")
@@ -1961,9 +1897,8 @@ def resumed(args, parser, argv):
     args = parser.parse_args(argv)
     for name in config.keys() - free:
         if getattr(args, name) != config[name]:
-            raise BadInput(
-                f"--resume {args.resume}: {name} is {config[name]!r} there; only --steps may change"
-            )
+            there = f"{name} is {config[name]!r} there"
+            raise BadInput(f"--resume {args.resume}: {there}; only --steps may change")
     return args
 
 
@@ -1975,8 +1910,7 @@ def checked(args):
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
     if args.prompts % WORLD:
         raise BadInput(f"--prompts {args.prompts}: {WORLD} processes cannot share them equally")
-    best = torch.accelerator.current_accelerator(check_available=True)
-    best = best.type if best else "cpu"
+    best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     if args.device not in ("auto", "cpu", best):
         raise BadInput(f"--device {args.device}: there is none here, only {' and '.join({'cpu', best})}")
     args.device = best if args.device == "auto" else args.device
@@ -1993,9 +1927,7 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     try:
         args = parse_args(argv)
-        if (
-            WORLD > 1
-        ):  # under torchrun: each process with a GPU of its own, and the first one speaks and writes
+        if WORLD > 1:  # each process has a GPU of its own, and the first one speaks and writes
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
