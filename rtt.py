@@ -883,8 +883,8 @@ def grade(tokenizer, rollout, tasks, judge=None):
     for i, text in enumerate(texts):
         places, task = tokens[i] + [(len(text), len(text) + 1)] * ended[i], tasks[i // G]
         for k, rubric in enumerate(task.rubrics):
-            by_rule = rubric.id != JUDGED
-            verdict = verify(rubric, text, task.prompt) if by_rule else Verdict(bool(text.strip()), [])
+            in_words = rubric.id == JUDGED and text.strip()
+            verdict = Verdict(True, []) if in_words else verify(rubric, text, task.prompt)
             verdicts[i, k] = 1 if verdict.satisfied else -1
             evidence[i, k, : len(places)] = torch.tensor(evidence_to_tokens(verdict.evidence, places))
             if verdict.satisfied and needs_judge(rubric):
@@ -1608,6 +1608,7 @@ def train(models, train_tasks, eval_tasks, out, args, done=0, before=None):
         if stop and step < args.steps:
             print(f"stopped after a whole step; to go on: python rtt.py --resume {out}")
             sys.exit(130)
+    signal.signal(signal.SIGINT, default)
 
 
 def write_whole(path, content):
@@ -1933,6 +1934,10 @@ def main(argv=None):
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
             sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
         run(args)
+        if WORLD > 1:
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BadInput as error:
         print(f"rtt.py: {error}", file=sys.stderr)
         sys.exit(2)

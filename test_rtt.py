@@ -532,9 +532,9 @@ def test_criteria_in_words_follow_the_others_and_need_a_judge(tmp_path):
     assert [rubric.id for rubric in both] == ["punctuation:no_comma", rtt.JUDGED, rtt.JUDGED]
     assert [rubric.criterion for rubric in both[1:]] == ["Be kind.", "Rhyme."] and both[1].kwargs == {}
     assert [rubric.id for rubric in none] == ["punctuation:no_comma"] and only == both[2:]
-    for text in ("Hi.", ""):
-        with pytest.raises(ValueError, match="Rhyme.*needs a judge"):
-            rtt.verify(only[0], text)
+    with pytest.raises(ValueError, match="Rhyme.*needs a judge"):
+        rtt.verify(only[0], "Hi.")
+    assert rtt.verify(only[0], " ") == (False, [(1, 1)])
 
 
 def test_what_needs_a_judge():
