@@ -823,10 +823,8 @@ def evidence_to_tokens(evidence, tokens):
     token that writes nothing (a special token in the middle) is responsible for nothing.
     [(4, 7), (12, 12)] on tokens [(0, 3), (3, 7), (7, 12), (12, 13)] -> [0.0, 1.0, 0.0, 1.0].
     """
-    return [
-        float(start < end and any(a < end and start < max(b, a + 1) for a, b in evidence))
-        for start, end in tokens
-    ]
+    characters = {place for a, b in evidence for place in range(a, max(b, a + 1))}
+    return [float(not characters.isdisjoint(range(start, end))) for start, end in tokens]
 
 
 QUESTION = (
