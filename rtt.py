@@ -35,8 +35,9 @@ policy; at 1, on policy), and the clip stops pushing once the ratio has left a s
     r = s * w   [G, K, T]  reward              three-dimensional reward space: response, rubric, token
     a           [G, T]     token_adv           r normalised over a partition of it, mean over rubrics
     A + alpha*a [N, T]     advantages          alpha: how much the token level counts
-    rho, s_i    [N, T] [N] ratio               new over old probability pi: of a token; of a response
+    rho, rho_i  [N, T] [N] ratio               new over old probability pi: of a token; of a response
     c           [N, T]     coef                advantage * weight: multiplies each grad log pi
+    M                                          rows picked from a batch: tokens, or (response, rubric) pairs
 
 Run it:
 
@@ -53,8 +54,8 @@ What is simplified, and where this differs from the papers:
     addition: it is what TGC's cancellation condition asks of RTT's token channel.
   - IFEval asks a language detector, reads keywords as regular expressions, and splits sentences and
     words with NLTK. Here: the script of the letters (and the judge, where languages share it), literal
-    text, and two rules. A letter may be a sign such as #, where IFEval draws another letter by chance.
-  - Adam with a constant learning rate; several GPUs share the prompts (torchrun), none shares a model.
+    text, and two rules (SENTENCE_END, WORD). A letter may be a sign such as #, where IFEval draws another.
+  - Adam with a constant learning rate; several GPUs share the prompts (torchrun), but each holds all models.
 """
 
 import argparse
@@ -87,15 +88,15 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
-SAFE = dict(use_safetensors=True)  # how weights are loaded: no pickles, no remote code
+SAFE = dict(use_safetensors=True)  # how models are loaded: no pickles, no remote code
 
 
-class BadInput(ValueError):
+class BadInput(Exception):
     """What the user gave is wrong. The message is one line: what is wrong, where, and what is allowed."""
 
 
@@ -147,9 +148,9 @@ def verifier(rubric_id, criterion):
 
 
 def verify(rubric, response, prompt=""):
-    """Verdict and evidence of one rubric on one response. Raises ValueError for a criterion in words.
+    """Verdict and evidence of one rubric on one response; as in IFEval, a blank response satisfies none.
 
-    As IFEval has it, an empty response satisfies nothing. `prompt` is for rubrics that refer to it.
+    `prompt`: what it responds to; no rule here needs it. Raises ValueError for a criterion in words.
     """
     if not response.strip():
         return Verdict(False, end_of(response))
@@ -166,7 +167,7 @@ def needs_judge(rubric):
     return rubric.id == JUDGED or language is not None and ", " in SCRIPTS[LANGUAGES[language][1]]
 
 
-SCRIPTS = {  # how the Unicode names of its letters begin: the languages written in it, with IFEval's codes
+SCRIPTS = {  # how the Unicode names of a script's letters begin: IFEval's codes of its languages, their names
     "LATIN": "en English, es Spanish, pt Portuguese, fr French, de German, it Italian, pl Polish, "
              "vi Vietnamese, sw Swahili, fi Finnish",
     "CYRILLIC": "ru Russian, uk Ukrainian, bg Bulgarian", "ARABIC": "ar Arabic, ur Urdu, fa Persian",
@@ -178,7 +179,7 @@ SCRIPTS = {  # how the Unicode names of its letters begin: the languages written
 PAIRS = [(*pair.split(), script) for script, pairs in SCRIPTS.items() for pair in pairs.split(", ")]
 LANGUAGES = {code: (name, script) for code, name, script in PAIRS}
 
-# What an argument of a verifier may be: in words, and as a test. A text says something.
+# What an argument of a verifier may be: in words, and as a test. `make_rubric` reads it off the signature.
 is_text = lambda value: isinstance(value, str) and bool(value.strip())
 TEXT = "a text that is not empty", is_text
 WORDS = "a list of words", lambda value: isinstance(value, list) and bool(value) and all(map(is_text, value))
@@ -222,7 +223,8 @@ def divided(text, divider, parts):
     doubled = [mark for mark, before in zip(marks[1:], filled[1:]) if not before]
     if doubled or not any(filled):
         return False, doubled or end_of(text)
-    return count_verdict(marks[1 - filled[0] : len(marks) - 1 + filled[-1]], "exactly", parts - 1)
+    between = marks[1 - filled[0] : len(marks) - 1 + filled[-1]]  # none before the first part, after the last
+    return count_verdict(between, "exactly", parts - 1)
 
 
 @verifier("keywords:existence", "use the word {keywords}")
@@ -255,10 +257,10 @@ def letter_frequency(text, letter: SIGN, let_frequency: COUNT, let_relation: REL
 def response_language(text, language: LANGUAGE):
     """Half the letters or more are in the language's script. (IFEval asks a language detector.)"""
     scripts = tuple(LANGUAGES[language][1].split())
-    names = [(i, unicodedata.name(char, "")) for i, char in enumerate(text) if char.isalpha()]
-    own = [(i, i + 1) for i, name in names if name.startswith(scripts)]
-    foreign = [(i, i + 1) for i, name in names if not name.startswith(scripts)]
-    typical = any(name.startswith(scripts[0]) for _, name in names)  # Japanese has kana, Chinese none
+    names = [unicodedata.name(char, "") for char in text]
+    own = [(i, i + 1) for i, name in enumerate(names) if name.startswith(scripts)]  # vowel signs, too
+    foreign = [(i, i + 1) for i, c in enumerate(text) if c.isalpha() and not names[i].startswith(scripts)]
+    typical = any(name.startswith(scripts[0]) for name in names)  # Japanese has kana
     satisfied = typical and len(foreign) <= len(own)
     return satisfied, own if satisfied else foreign
 
@@ -266,6 +268,7 @@ def response_language(text, language: LANGUAGE):
 # Where a sentence ends, much as IFEval's trained splitter (NLTK's punkt) has it: at the last . ! ? or run of
 # them in a stretch without white space, before white space, a bracket or a quotation mark. No end: dots or an
 # abbreviation, unless a word that often begins sentences follows; an initial; 1. or A. before a small letter.
+# "Mr. Fox ran. He won!" has two ends, 'He said "no." Then he left' one.
 ABBREVIATIONS = r"Mr|Mrs|Ms|Dr|St|vs|Prof|Gen|Sen|Rep|Lt|Col|Jan|Feb|Aug|Sep|Sept|Oct|Nov|Dec|Inc|Ltd|Co"
 ABBREVIATIONS += r"|Corp|Bros|Jr|Sr|U\.S|U\.K|a\.m|p\.m|Ph\.D|D\.C|J\.P"
 STARTERS = r"(?=[A-Z])(?i:the|this|these|there|they|it|I|he|her|so|but|if|in|when|while|however|some|many)\b"
@@ -287,8 +290,9 @@ def number_sentences(text, num_sentences: COUNT, relation: RELATION):
 
 @verifier("length_constraints:number_words", "write {relation} {num_words} words")
 def number_words(text, num_words: COUNT, relation: RELATION):
-    """At least / less than so many words, each a run of letters, digits and underscores."""
-    satisfied, _ = count_verdict(spans(r"\w+", text), relation, num_words)
+    """At least / less than so many words, each a run of letters with their marks, digits and underscores."""
+    joined = "".join("_" if unicodedata.category(char)[0] == "M" else char for char in text)
+    satisfied, _ = count_verdict(spans(r"\w+", joined), relation, num_words)
     return satisfied, end_of(text)
 
 
@@ -572,6 +576,12 @@ class Rollout:
     truncated: torch.Tensor  # [N] True where the response hit the length limit before its end token
 
 
+class Policy(NamedTuple):
+    model: torch.nn.Module
+    tokenizer: object
+    end_ids: list[int]  # tokens that end a response
+
+
 def encode_prompt(tokenizer, prompt):
     """A prompt as token ids: through the chat template where there is one, as plain text where not."""
     if not tokenizer.chat_template:
@@ -626,15 +636,15 @@ def sample(
 
     prompts: P lists of token ids. end_ids: tokens that end a response (several are fine).
     seeds: one integer a prompt; a prompt's samples depend on its seed and on nothing else in the batch.
-    Responses that have ended leave the batch. Where static they stay, so that every step has the same shapes:
-    on CUDA, where that is the default, a step is recorded as a graph: launching it op by op takes longer.
+    Responses that have ended leave the batch. Where static (default: on CUDA, if transformers can compile the
+    model) they stay, and every step has the same shapes: recorded as a graph, it is not launched op by op.
     """
     model.eval()  # no dropout; section 7 turns training mode on again
     device, shape = model.device, (group_size, max_new_tokens)
     static = device.type == "cuda" and model._can_compile_fullgraph if static is None else static
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
     uniform = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniform = torch.cat(uniform).to(device)  # [N, T]
+    uniform = torch.cat(uniform).to(device)  # [N, T], until the last line with T = max_new_tokens
     ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
 
     prompt_ids, prompt_mask = padded(prompts, pad_id, device)  # [P, L]
@@ -647,6 +657,7 @@ def sample(
     alive = torch.arange(len(owner), device=device)  # rows in the batch
     ids = torch.full_like(uniform, pad_id, dtype=torch.long)
     logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
+    # `seen` is set in the loop; where static it never changes, as a graph requires
     step = lambda token, place: model(token, attention_mask=seen, position_ids=place, past_key_values=cache)
     for t in range(max_new_tokens):
         logp = (logits.float() / temperature).log_softmax(-1)  # [alive, V]
@@ -689,7 +700,10 @@ class FixedLayer(StaticLayer):
 
 
 def recorded(step, *tensors):
-    """step(*tensors) as a CUDA graph: one launch instead of thousands, on the same memory every time."""
+    """step(*tensors) as a CUDA graph: one launch instead of thousands.
+
+    It works on the same memory every time: use what it returns before the next call.
+    """
     inputs, graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step(*inputs)
@@ -704,9 +718,9 @@ def recorded(step, *tensors):
 
 
 def precision(device, dtype):
-    """The context of one forward pass: autocast to bfloat16, or nothing. The weights stay in float32.
+    """The context of forward passes: autocast to bfloat16, or nothing. The weights stay in float32.
 
-    One pass only: inside a context each weight is rounded once and kept, whatever the optimiser does to it.
+    No optimiser step inside: each weight is rounded once a context and kept, whatever becomes of the weight.
     """
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
 
@@ -916,13 +930,13 @@ class RelevanceDiscriminator:
 
     def __init__(self, folder, tokenizer, learning_rate, device, dtype="float32"):
         """`folder`: a language model with the policy's tokenizer; by default the policy's own folder."""
-        config = without_dropout(AutoConfig.from_pretrained(folder, num_labels=1))
-        config.classifier_dropout = 0.0  # the head's; few configs name it, and 0.1 is what they then get
-        transformers.logging.set_verbosity_error()  # the head is new, which it would report at length
-        weights = dict(config=config, dtype=torch.float32, **SAFE)
-        model = AutoModelForTokenClassification.from_pretrained(folder, **weights)
+        config = without_dropout(AutoConfig.from_pretrained(folder))
+        transformers.logging.set_verbosity_error()  # it has no use for the language model's head, and says so
+        self.base = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, **SAFE)
         transformers.logging.set_verbosity_warning()
-        self.model, self.tokenizer, self.dtype = model.to(device), tokenizer, dtype
+        head = torch.nn.Linear(self.base.get_input_embeddings().embedding_dim, 1)
+        self.model = torch.nn.ModuleDict(dict(base=self.base, head=head)).to(device)
+        self.tokenizer, self.dtype = tokenizer, dtype
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate)
 
     def logits(self, criteria, ids, mask):
@@ -932,8 +946,10 @@ class RelevanceDiscriminator:
         attention = torch.cat([criterion_mask, mask], 1)  # [M, C + T]
         inputs = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
         with precision(ids.device, self.dtype):
-            logits = self.model(torch.cat([criterion_ids, ids], 1), **inputs).logits  # [M, C + T, 1]
-        return logits[:, -ids.shape[1] :, 0].float()  # [M, T]
+            hidden = self.base(
+                torch.cat([criterion_ids, ids], 1), **inputs
+            ).last_hidden_state  # [M, C + T, H]
+            return self.model["head"](hidden[:, -ids.shape[1] :]).squeeze(2).float()  # [M, T]
 
     def batches(self, pairs, criteria, ids, mask, size):
         """For pairs (response i, rubric k), `size` at a time: their i, their k, T, and logits [size, T]."""
@@ -966,12 +982,13 @@ class RelevanceDiscriminator:
         known = (evidence[:, :, 0] >= 0).tolist()
         every = [(i, k) for i, k in all_pairs(criteria) if known[i][k]]
         chosen = [every[j] for j in torch.randperm(len(every))[: -(-pairs // WORLD)].tolist()]
-        total = sum(gather(int(mask[[i for i, _ in chosen]].sum()))) or 1  # response tokens
+        total = sum(gather(int(mask[[i for i, _ in chosen]].sum())))  # response tokens
         for i, k, T, logits in self.batches(chosen, criteria, ids, mask, batch):
             labels, weight = evidence[i, k, :T], mask[i, :T].float()
             loss = F.binary_cross_entropy_with_logits(logits, labels, weight=weight, reduction="sum")
             (loss / total).backward()
-        descend(self.model, self.optimizer)
+        if total:  # of all processes, which must all descend or none
+            descend(self.model, self.optimizer)
 
 
 def f1_and_auroc(relevance, evidence):
@@ -1162,7 +1179,8 @@ def policy_loss(
                     adv_orthogonal (TGC's DFPO). dfpo-orth goes by each response's mean advantage, so it
                     cancels where the advantage is the same for all tokens of a response (--alpha 0).
     For every one, d loss / d logprobs = -coef / denominator: coef is the whole difference between them.
-    clip: (low, high), by default CLIP's. denominator: that of the whole update, of which this may be a part.
+    clip: (low, high), by default CLIP's; the dfpo losses have none. denominator: that of the whole update, of
+    which this may be a part. N must be a multiple of group_size.
     Statistics: clip_fraction, approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T].
     Raises ValueError for an unknown loss.
     """
@@ -1183,7 +1201,7 @@ def policy_loss(
     else:
         weight = stop_gradient_weight(ratio.detach(), advantages, mask, group_size, loss, clip)
         objective = weight * advantages * logprobs
-    clipped = (weight != ratio.detach()) * mask if loss in ("grpo", "gspo", "grpo-fix") else torch.zeros(1)
+    clipped = (weight != ratio.detach()) * mask if CLIP[loss] else mask * 0
     stats = {
         "clip_fraction": float(clipped.sum() / mask.sum().clamp(min=1)),
         "approx_kl": float(k3(old_logprobs, logprobs.detach()).sum() / mask.sum().clamp(min=1)),
@@ -1306,66 +1324,21 @@ def mean_residual(coef, rollout, group_size):
 
 
 # ==================================================================================================
-# 8. The loop: sample, verify, relevance, advantages, update; measure, show, save
+# 8. The loop: sample, verify, relevance, advantages, update
 #
-# In: the command line.  Out: a trained policy, and the record of how it came about.  `train_step` is the
-# opening picture in code; all that is around it loads, measures, shows and saves.
+# In: models, tasks, settings.  Out: a trained policy, and a line of metrics a step.  `train_step` is the
+# opening picture in code; `train` repeats it.
 # ==================================================================================================
-
-
-class Policy(NamedTuple):
-    model: torch.nn.Module
-    tokenizer: object
-    end_ids: list[int]  # tokens that end a response
-
-
-@contextmanager
-def loading(flag, name):
-    """Turn what transformers raises for a model that cannot be had into one line."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise BadInput(f"{flag} {name}: not a model folder, it has no config.json")
-    if not Path(name).is_dir() and not re.fullmatch(HUB_ID, name):
-        raise BadInput(f"{flag} {name}: no such folder; a model folder or a name on the hub is needed")
-    try:
-        yield
-    except BadInput:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"cannot be loaded ({reason}); python rtt.py alone needs no download"
-        raise BadInput(f"{flag} {name}: {reason}") from None
-
-
-def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
-    """The Policy of a local folder or a hub id.
-
-    Raises BadInput if it cannot be had, has no end token, or if a prompt with its response may not fit into
-    its context. wrap: what a judge reads beside the prompt.
-    """
-    with loading(flag, name):
-        config = without_dropout(AutoConfig.from_pretrained(name))
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        longest = max((len(encode_prompt(tokenizer, wrap.format(t.prompt))), t.prompt[:40]) for t in tasks)
-        context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
-        if longest[0] + args.max_new_tokens > context:
-            raise BadInput(
-                f"{args.data}: a prompt of {longest[0]} tokens and --max-new-tokens {args.max_new_tokens} "
-                f"exceed the context of {flag} {name}, {context} tokens: {longest[1]!r}"
-            )
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **SAFE)
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    if not ends:
-        raise BadInput(f"{flag} {name}: neither its tokenizer nor its generation_config has an end token")
-    return Policy(model.to(args.device), tokenizer, sorted(ends))
 
 
 def roll_out(policy, tasks, group_size, seeds, args):
     """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
-    limits = (group_size, args.max_new_tokens, args.temperature)
+    ends = dict(end_ids=policy.end_ids, pad_id=policy.end_ids[0])
     with precision(args.device, args.dtype):
-        return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds)
+        return sample(
+            policy.model, prompts, group_size, args.max_new_tokens, args.temperature, **ends, seeds=seeds
+        )
 
 
 def criteria_of(tasks, verdicts):
@@ -1406,6 +1379,145 @@ def scored_tokens(relevance, evidence, verdicts, mask):
     """relevance and evidence [N, K, T] at the response tokens, where there is evidence: two tensors [M]."""
     valid = (verdicts != 0)[..., None] & (mask[:, None] > 0) & (evidence >= 0)  # [N, K, T]
     return relevance[valid].cpu(), evidence[valid].cpu()
+
+
+class Models(NamedTuple):
+    policy: Policy
+    optimizer: torch.optim.Optimizer  # of the policy
+    discriminator: RelevanceDiscriminator | None
+    judge: Policy | None  # for rubrics that no rule can decide
+    reference: torch.nn.Module | None  # for --kl
+
+
+def task_stream(tasks, seed):
+    """(task, seed for its sampling) without end, in a new order each time round."""
+    rng = random.Random(seed)
+    while True:
+        for task in rng.sample(tasks, len(tasks)):
+            yield task, rng.getrandbits(62)
+
+
+def draw_tasks(stream, args):
+    """The next `args.prompts` tasks and seeds of the stream; of these, this process's share."""
+    drawn = list(itertools.islice(stream, args.prompts))
+    return zip(*drawn[RANK::WORLD])
+
+
+def warm_up(models, stream, args):
+    """Train the discriminator on the starting policy's rollouts; the policy stays as it is."""
+    policy, discriminator = models.policy, models.discriminator
+    for _ in progress(range(args.warmup), "warm-up"):
+        tasks, seeds = draw_tasks(stream, args)
+        rollout = roll_out(policy, tasks, args.group_size, seeds, args)
+        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks, models.judge)
+        for _ in range(4):  # a rollout costs more than a step of the discriminator
+            discriminator.fit(criteria_of(tasks, verdicts), rollout.ids, rollout.mask, evidence)
+
+
+@contextmanager
+def timed(seconds, phase):
+    """Add the seconds that the block takes to seconds[phase]."""
+    start = time.perf_counter()
+    yield
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()  # kernels run on after the call that started them
+    seconds[phase] += time.perf_counter() - start
+
+
+def peak_memory_mb():
+    """Peak memory of the process, or of the GPU if one was used."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return (torch.cuda.max_memory_allocated() or process) / 2**20
+
+
+def train_step(models, tasks, seeds, args):
+    """The pipeline of the opening picture, once. Returns a row of metrics, and what show_credit needs."""
+    (policy, optimizer, discriminator, judge, reference), G = models, args.group_size
+    seconds = defaultdict(float)
+    with timed(seconds, "rollout"):
+        rollout = roll_out(policy, tasks, G, seeds, args)  # ids, mask, logprobs [N, T]
+    with timed(seconds, "verify"):
+        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks, judge)  # [N, K], [N, K, T]
+        rewards = response_reward(verdicts, args.reward)  # [N]
+        row = rollout_metrics(rollout, verdicts, rewards, G)
+    with timed(seconds, "relevance"):
+        uniform = torch.ones_like(evidence)  # [N, K, T]
+        relevance = evidence.clamp(min=0) if args.relevance == "evidence" else uniform
+        if discriminator:
+            criteria = criteria_of(tasks, verdicts)
+            relevance = discriminator.predict(criteria, rollout.ids, rollout.mask)
+            scored = scored_tokens(relevance, evidence, verdicts, rollout.mask)
+            row["f1"], row["auroc"] = f1_and_auroc(*scored)
+            discriminator.fit(criteria, rollout.ids, rollout.mask, evidence)
+    with timed(seconds, "update"):
+        advantages = group_advantages(rewards, verdicts, relevance, rollout.mask, args)  # [N, T]
+        row |= update(policy.model, optimizer, rollout, advantages, args, reference)
+    row |= dict(seconds=sum(seconds.values()), peak_memory_mb=peak_memory_mb())
+    row = merged(gather(row | {f"seconds_{phase}": s for phase, s in seconds.items()}))
+    row["tokens_per_second"] = row["tokens"] / row["seconds"]
+    return row, (tasks[0], rollout.ids[0], rollout.mask[0], verdicts[0], advantages[0])
+
+
+def merged(rows):
+    """One row of metrics from those of all processes: tokens add up, the slowest counts, else the mean."""
+    rule = lambda name: sum if name == "tokens" else max if name.startswith(("seconds", "peak")) else fmean
+    return {name: rule(name)([row[name] for row in rows]) for name in rows[0]}
+
+
+def progress(items, what, **options):
+    """A progress bar, in a terminal, of the one process that speaks."""
+    style = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+    return tqdm(items, what, bar_format=style, disable=RANK > 0 or None, **options)
+
+
+def train(models, train_tasks, eval_tasks, out, args, done=0, before=None):
+    """Warm-up, then the steps after `done`; one line a step to metrics.jsonl, and checkpoints.
+
+    done, before: from a checkpoint, or for the next: steps, and the first evaluation.
+    Ctrl-C ends it after a whole step, with a checkpoint and exit status 130.
+    """
+    metrics, policy = out / "metrics.jsonl", models.policy
+    if metrics.is_file():  # what came after the checkpoint is done again
+        write_whole(metrics, "".join(metrics.read_text(encoding="utf-8").splitlines(True)[:done]))
+    warmup = args.warmup if models.discriminator else 0
+    drawn = (warmup + done) * args.prompts if done else 0  # tasks that the stream gave before the checkpoint
+    stream = itertools.islice(task_stream(train_tasks, args.seed), drawn, None)
+    if warmup and not done:
+        warm_up(models, stream, args)
+    interrupted, default = [], signal.default_int_handler  # first Ctrl-C: ends the loop; second: the program
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, default)))
+    bar = progress(range(done + 1, args.steps + 1), "train", initial=done, total=args.steps)
+    for step in bar:
+        row, example = train_step(models, *draw_tasks(stream, args), args)
+        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
+            result, _ = evaluate(policy, eval_tasks[: args.eval_prompts], args, models.judge)
+            row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
+            line = "step {step:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
+            line += "{prompts} held-out prompts: {eval_instruction:.1%} / {eval_rubric:.1%}"
+            tqdm.write(line.format(step=step, prompts=result["prompts"], **row))
+        if args.show_every and step % args.show_every == 0:
+            tqdm.write(show_credit(policy.tokenizer, *example))
+        if RANK == 0:
+            with open(metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(step=step, **row)) + "\n")
+        state = "reward {reward:.2f}, acc {instruction:.2f}/{rubric:.2f}, H {entropy:.2f}, tax {residual:.2f}"
+        bar.set_postfix_str(state.format(**row))
+        stop = sum(gather(len(interrupted)))
+        if stop or step == args.steps or step % args.save_every == 0:
+            save_checkpoint(out, models, step, before)
+        if stop and step < args.steps:
+            print(f"stopped after a whole step; to go on: python rtt.py --resume {out}")
+            sys.exit(130)
+    signal.signal(signal.SIGINT, default)
+
+
+# ==================================================================================================
+# 9. Measuring, showing, saving
+#
+# In: what the loop has made.  Out: accuracies on held-out prompts, with every response and its evidence; the
+# credit of a response in colours; checkpoints, from which a run goes on as if it had never been broken off.
+# ==================================================================================================
 
 
 def evaluate(policy, tasks, args, judge=None, discriminator=None):
@@ -1461,6 +1573,17 @@ def table(*results):
     return "\n".join(lines)
 
 
+def summary(out, after):
+    """How good the discriminator is and how long a step took, from the last evaluation and metrics.jsonl."""
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
+    average = lambda name: fmean(row[name] for row in rows)
+    phases = [name for name in rows[0] if name.startswith("seconds_")]
+    phases = ", ".join(f"{name.removeprefix('seconds_')} {average(name):.2f}" for name in phases)
+    speed = f"{average('seconds'):.2f} ({phases}); {average('tokens_per_second'):.0f} response tokens/s"
+    found = "\ndiscriminator on held-out prompts: token F1 {f1:.3f}, AUROC {auroc:.3f}\n"
+    return (found.format(**after) if "f1" in after else "") + f"seconds a step: {speed}"
+
+
 def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
     """One response with its mean advantage; in a terminal, tokens above it are green and those below red."""
     (text,), (tokens,) = token_spans(tokenizer, [ids[mask > 0].tolist()])
@@ -1477,136 +1600,6 @@ def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
     boxes = ["[x]" if s > 0 else "[ ]" for s in verdicts.tolist()]
     marks = ", ".join(f"{box} {rubric.criterion}" for box, rubric in zip(boxes, task.rubrics))
     return f"\n{task.prompt}\n{marks}; advantage {mean:+.2f}\n{''.join(pieces)}\n"
-
-
-@contextmanager
-def timed(seconds, phase):
-    """Add the seconds that the block takes to seconds[phase]."""
-    start = time.perf_counter()
-    yield
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()  # kernels run on after the call that started them
-    seconds[phase] += time.perf_counter() - start
-
-
-def peak_memory_mb():
-    """Peak memory of the process, or of the GPU if one was used."""
-    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return (torch.cuda.max_memory_allocated() or process) / 2**20
-
-
-def progress(items, what, **options):
-    """A progress bar, in a terminal, of the one process that speaks."""
-    style = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-    return tqdm(items, what, bar_format=style, disable=RANK > 0 or None, **options)
-
-
-def task_stream(tasks, seed):
-    """(task, seed for its sampling) without end, in a new order each time round."""
-    rng = random.Random(seed)
-    while True:
-        for task in rng.sample(tasks, len(tasks)):
-            yield task, rng.getrandbits(62)
-
-
-def draw_tasks(stream, args):
-    """The next `args.prompts` tasks and seeds of the stream; of these, this process's share."""
-    drawn = list(itertools.islice(stream, args.prompts))
-    return zip(*drawn[RANK::WORLD])
-
-
-def warm_up(models, stream, args):
-    """Train the discriminator on the starting policy's rollouts; the policy stays as it is."""
-    policy, discriminator = models.policy, models.discriminator
-    for _ in progress(range(args.warmup), "warm-up"):
-        tasks, seeds = draw_tasks(stream, args)
-        rollout = roll_out(policy, tasks, args.group_size, seeds, args)
-        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks, models.judge)
-        for _ in range(4):  # a rollout costs more than a step of the discriminator
-            discriminator.fit(criteria_of(tasks, verdicts), rollout.ids, rollout.mask, evidence)
-
-
-class Models(NamedTuple):
-    policy: Policy
-    optimizer: torch.optim.Optimizer  # of the policy
-    discriminator: RelevanceDiscriminator | None
-    judge: Policy | None  # for rubrics that no rule can decide
-    reference: torch.nn.Module | None  # for --kl
-
-
-def train_step(models, tasks, seeds, args):
-    """The pipeline of the opening picture, once. Returns a row of metrics, and what show_credit needs."""
-    (policy, optimizer, discriminator, judge, reference), G = models, args.group_size
-    seconds = defaultdict(float)
-    with timed(seconds, "rollout"):
-        rollout = roll_out(policy, tasks, G, seeds, args)  # ids, mask, logprobs [N, T]
-    with timed(seconds, "verify"):
-        _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks, judge)  # [N, K], [N, K, T]
-        rewards = response_reward(verdicts, args.reward)  # [N]
-        row = rollout_metrics(rollout, verdicts, rewards, G)
-    with timed(seconds, "relevance"):
-        relevance = evidence.clamp(min=0 if args.relevance == "evidence" else 1)  # [N, K, T]
-        if discriminator:
-            criteria = criteria_of(tasks, verdicts)
-            relevance = discriminator.predict(criteria, rollout.ids, rollout.mask)
-            scored = scored_tokens(relevance, evidence, verdicts, rollout.mask)
-            row["f1"], row["auroc"] = f1_and_auroc(*scored)
-            discriminator.fit(criteria, rollout.ids, rollout.mask, evidence)
-    with timed(seconds, "update"):
-        advantages = group_advantages(rewards, verdicts, relevance, rollout.mask, args)  # [N, T]
-        row |= update(policy.model, optimizer, rollout, advantages, args, reference)
-    row |= dict(seconds=sum(seconds.values()), peak_memory_mb=peak_memory_mb())
-    row = merged(gather(row | {f"seconds_{phase}": s for phase, s in seconds.items()}))
-    row["tokens_per_second"] = row["tokens"] / row["seconds"]
-    return row, (tasks[0], rollout.ids[0], rollout.mask[0], verdicts[0], advantages[0])
-
-
-def merged(rows):
-    """One row of metrics from those of all processes: tokens add up, the slowest counts, else the mean."""
-    rule = lambda name: sum if name == "tokens" else max if name.startswith(("seconds", "peak")) else fmean
-    return {name: rule(name)([row[name] for row in rows]) for name in rows[0]}
-
-
-def train(models, train_tasks, eval_tasks, out, args, done=0, before=None):
-    """Warm-up, then the steps after `done`; one line a step to metrics.jsonl, and checkpoints.
-
-    done, before: from a checkpoint, or for the next: steps, and the first evaluation.
-    Ctrl-C ends it after a whole step, with a checkpoint and exit status 130.
-    """
-    metrics, policy = out / "metrics.jsonl", models.policy
-    if metrics.is_file():  # what came after the checkpoint is done again
-        write_whole(metrics, "".join(metrics.read_text(encoding="utf-8").splitlines(True)[:done]))
-    warmup = args.warmup if models.discriminator else 0
-    drawn = (warmup + done) * args.prompts if done else 0  # tasks that the stream gave before the checkpoint
-    stream = itertools.islice(task_stream(train_tasks, args.seed), drawn, None)
-    if warmup and not done:
-        warm_up(models, stream, args)
-    interrupted, default = [], signal.default_int_handler  # first Ctrl-C: ends the loop; second: the program
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, default)))
-    bar = progress(range(done + 1, args.steps + 1), "train", initial=done, total=args.steps)
-    for step in bar:
-        row, example = train_step(models, *draw_tasks(stream, args), args)
-        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
-            result, _ = evaluate(policy, eval_tasks[: args.eval_prompts], args, models.judge)
-            row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
-            line = "step {step:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
-            line += "{prompts} held-out prompts: {eval_instruction:.1%} / {eval_rubric:.1%}"
-            tqdm.write(line.format(step=step, prompts=result["prompts"], **row))
-        if args.show_every and step % args.show_every == 0:
-            tqdm.write(show_credit(policy.tokenizer, *example))
-        if RANK == 0:
-            with open(metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(step=step, **row)) + "\n")
-        state = "reward {reward:.2f}, acc {instruction:.2f}/{rubric:.2f}, H {entropy:.2f}, tax {residual:.2f}"
-        bar.set_postfix_str(state.format(**row))
-        stop = sum(gather(len(interrupted)))
-        if stop or step == args.steps or step % args.save_every == 0:
-            save_checkpoint(out, models, step, before)
-        if stop and step < args.steps:
-            print(f"stopped after a whole step; to go on: python rtt.py --resume {out}")
-            sys.exit(130)
-    signal.signal(signal.SIGINT, default)
 
 
 def write_whole(path, content):
@@ -1673,6 +1666,55 @@ def open_run(out):
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
+# ==================================================================================================
+# 10. The command line
+#
+# In: the command line.  Out: a run.  What is wrong is said in one line, before any time is spent on models.
+# ==================================================================================================
+
+
+@contextmanager
+def loading(flag, name):
+    """Turn what transformers raises for a model that cannot be had into one line."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise BadInput(f"{flag} {name}: not a model folder, it has no config.json")
+    if not Path(name).is_dir() and not re.fullmatch(HUB_ID, name):
+        raise BadInput(f"{flag} {name}: no such folder; a model folder or a name on the hub is needed")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"cannot be loaded ({reason}); python rtt.py alone needs no download"
+        raise BadInput(f"{flag} {name}: {reason}") from None
+
+
+def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
+    """The Policy of a local folder or a hub id.
+
+    Raises BadInput if it cannot be had, has no end token, or if a prompt with its response may not fit into
+    its context. wrap: what a judge reads beside the prompt.
+    """
+    with loading(flag, name):
+        config = without_dropout(AutoConfig.from_pretrained(name))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        longest = max((len(encode_prompt(tokenizer, wrap.format(t.prompt))), t.prompt[:40]) for t in tasks)
+        context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+        if longest[0] + args.max_new_tokens > context:
+            raise BadInput(
+                f"{args.data}: a prompt of {longest[0]} tokens and --max-new-tokens {args.max_new_tokens} "
+                f"exceed the context of {flag} {name}, {context} tokens: {longest[1]!r}"
+            )
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **SAFE)
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    if model._is_stateful or {*kinds} - {"full_attention", "sliding_attention", "chunked_attention"}:
+        raise BadInput(f"{flag} {name}: has recurrent layers; only attention's past can be shared by a group")
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    if not ends:
+        raise BadInput(f"{flag} {name}: neither its tokenizer nor its generation_config has an end token")
+    return Policy(model.to(args.device), tokenizer, sorted(ends))
+
+
 def load_both(path, only_held_out):
     """Tasks to train on, and held-out ones: train and eval.jsonl of a folder, or a file's last tenth.
 
@@ -1695,7 +1737,8 @@ def load_models(tasks, args):
     judge = discriminator = reference = None
     judged = [task for task in tasks if any(map(needs_judge, task.rubrics))]
     if judged:
-        wrap, dtype = QUESTION.format("{}", "", "criterion " * 20), getattr(torch, args.dtype)
+        wrap = QUESTION.format("{}", "", "criterion " * 20)  # room for criteria of some 20 words
+        dtype = getattr(torch, args.dtype)
         judge = load_policy("--judge", args.judge or args.model, args, dtype, judged, wrap)
     if not args.eval_only and args.relevance == "discriminator" and args.alpha:
         name, tokenizer = args.discriminator or args.model, policy.tokenizer
@@ -1707,8 +1750,8 @@ def load_models(tasks, args):
     if not args.eval_only and args.kl:
         reference = copy.deepcopy(policy.model)
     if args.gradient_checkpointing:
-        for learner in filter(None, (policy, discriminator)):
-            learner.model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        for model in [policy.model] + ([discriminator.base] if discriminator else []):
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
     return Models(policy, optimizer, discriminator, judge, reference)
 
@@ -1751,17 +1794,6 @@ def run(args):
     print(f"results, responses and, after training, metrics and the policy are in {out}")
 
 
-def summary(out, after):
-    """How good the discriminator is and how long a step took, from the last evaluation and metrics.jsonl."""
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
-    average = lambda name: fmean(row[name] for row in rows)
-    phases = [name for name in rows[0] if name.startswith("seconds_")]
-    phases = ", ".join(f"{name.removeprefix('seconds_')} {average(name):.2f}" for name in phases)
-    speed = f"{average('seconds'):.2f} ({phases}); {average('tokens_per_second'):.0f} response tokens/s"
-    found = "\ndiscriminator on held-out prompts: token F1 {f1:.3f}, AUROC {auroc:.3f}\n"
-    return (found.format(**after) if "f1" in after else "") + f"seconds a step: {speed}"
-
-
 def beside(name):
     """A path that lies beside this file, as seen from here."""
     return os.path.relpath(Path(__file__).resolve().parent / name)
@@ -1794,7 +1826,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         usage="python rtt.py [options]",
         allow_abbrev=False,
-        description="Train a language model on rubrics with token-level credit: RTT-GRPO and TGC's losses.",
+        description="Train a language model on rubrics with token-level credit: RTT-GRPO and TGC's losses.\n"
+        "Defaults are those of the embedded model. For any other: --data data/instructions --lr 1e-6\n"
+        "--discriminator-lr 1e-5 --max-new-tokens 512 --micro-batch 1 --gradient-checkpointing",
         epilog="examples:\n"
         "  python rtt.py                                        the embedded model and stories\n"
         "  python rtt.py --alpha 0 --reward csr                 plain GRPO, on the share of rubrics met\n"
@@ -1876,7 +1910,7 @@ def parse_args(argv=None):
     if Path(args.model).resolve() != Path(beside("data/tiny")).resolve():
         parser.set_defaults(**OTHER_MODELS, data=beside("data/instructions"))
         args = parser.parse_args(argv)
-    return checked(resumed(args, parser, argv) if args.resume else args)
+    return resumed(args, parser, argv) if args.resume else checked(args)
 
 
 # The defaults of any model but the embedded one: they fit Qwen2.5-0.5B into 24 GB.
@@ -1886,18 +1920,20 @@ OTHER_MODELS = dict(
 
 
 def resumed(args, parser, argv):
-    """The arguments of the run in `--resume`, with those on the command line that may change."""
+    """The arguments of the run in `--resume`, but for those that may change. Raises BadInput."""
     try:
         config = json.loads((Path(args.resume) / "config.json").read_text(encoding="utf-8"))
         parser.set_defaults(**config)
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"--resume {args.resume}: its config.json cannot be read ({error})") from None
-    free = ("resume", "out", "steps", "save_every", "eval_every", "eval_prompts", "show_every", "device")
-    args = parser.parse_args(argv)
+    free = ("resume", "steps", "save_every", "eval_every", "eval_prompts", "show_every", "device")
+    args = checked(parser.parse_args(argv))
     for name in config.keys() - free:
         if getattr(args, name) != config[name]:
-            there = f"{name} is {config[name]!r} there"
-            raise BadInput(f"--resume {args.resume}: {there}; only --steps may change")
+            change = (
+                f"--{name.replace('_', '-')} was {config[name]!r} and cannot become {getattr(args, name)!r}"
+            )
+            raise BadInput(f"--resume {args.resume}: {change}; what may change is {', '.join(free[1:])}")
     return args
 
 
@@ -1907,6 +1943,8 @@ def checked(args):
         raise BadInput("--model and --data: must not be empty")
     if args.group_size < 2:
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
+    if args.clip and not CLIP[args.loss]:
+        raise BadInput(f"--clip: --loss {args.loss} clips nothing")
     if args.prompts % WORLD:
         raise BadInput(f"--prompts {args.prompts}: {WORLD} processes cannot share them equally")
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")

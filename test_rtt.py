@@ -172,7 +172,7 @@ CASES = {
         (dict(language="de"), "-Gut ⟦х⟧⟦о⟧⟦р⟧⟦о⟧⟦ш⟧⟦о⟧"),
         (dict(language="ru"), "+⟦д⟧⟦а⟧ 😀 ab"),  # half
         (dict(language="ru"), "-да ⟦a⟧⟦b⟧⟦c⟧"),
-        (dict(language="hi"), "+⟦न⟧⟦म⟧⟦स⟧्⟦त⟧े"),  # a vowel sign is no letter
+        (dict(language="hi"), "+⟦न⟧⟦म⟧⟦स⟧⟦्⟧⟦त⟧⟦े⟧ abcdef"),  # vowel signs count
         (dict(language="ja"), "+⟦東⟧⟦京⟧⟦へ⟧"),
         (dict(language="ja"), "-东京"),  # no kana: this is Chinese
         (dict(language="zh-cn"), "-⟦へ⟧東⟦の⟧"),
@@ -194,6 +194,7 @@ CASES = {
         (dict(num_sentences=2, **LESS_THAN), "+Only one!⟦⟧"),
     ],
     "length_constraints:number_words": [
+        (dict(num_words=3, **LESS_THAN), "+यह हिन्दी⟦⟧"),  # marks do not split a word
         (dict(num_words=3, **AT_LEAST), "+one two_2 drei⟦⟧"),
         (dict(num_words=3, **AT_LEAST), "-... one, -- two !⟦⟧"),
         (dict(num_words=3, **LESS_THAN), "+!?⟦⟧"),
@@ -1847,7 +1848,8 @@ def test_the_first_update_is_on_policy_at_any_temperature(folder, data, tmp_path
 
 def test_held_out_prompts_have_random_numbers_of_their_own(folder, data, monkeypatch):
     seeds, real = [], rtt.sample
-    monkeypatch.setattr(rtt, "sample", lambda *args: seeds.extend(args[-1]) or real(*args))
+    spy = lambda *args, **options: seeds.extend(options["seeds"]) or real(*args, **options)
+    monkeypatch.setattr(rtt, "sample", spy)
     args = rtt.parse_args(["--prompts", "1", "--group-size", "2", "--max-new-tokens", "4"])
     rtt.evaluate(policy_of(folder), rtt.load_tasks(data, "eval"), args)
     assert len(set(seeds)) == 5
