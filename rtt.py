@@ -63,6 +63,7 @@ import copy
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -663,7 +664,7 @@ def sample(
         logp = (logits.float() / temperature).log_softmax(-1)  # [alive, V]
         token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
         ids[alive, t], logprobs[alive, t] = token[:, 0], logp.gather(1, token)[:, 0]
-        entropy[alive, t] = -(logp.exp() * logp).sum(-1)
+        entropy[alive, t] = torch.special.entr(logp.exp()).sum(-1)
         if not static or t % 16 == 0:  # to look who has ended, the host must wait for the device
             going = (~torch.isin(ids[alive, : t + 1], ends).any(1)).nonzero()[:, 0]
             if not static and len(going) < len(alive):
@@ -1479,7 +1480,9 @@ def train(models, train_tasks, eval_tasks, out, args, done=0, before=None):
     """
     metrics, policy = out / "metrics.jsonl", models.policy
     if metrics.is_file():  # what came after the checkpoint is done again
-        write_whole(metrics, "".join(metrics.read_text(encoding="utf-8").splitlines(True)[:done]))
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+        write_whole(metrics, "".join(whole))
     warmup = args.warmup if models.discriminator else 0
     drawn = (warmup + done) * args.prompts if done else 0  # tasks that the stream gave before the checkpoint
     stream = itertools.islice(task_stream(train_tasks, args.seed), drawn, None)
@@ -1649,19 +1652,18 @@ def load_checkpoint(out, models):
         torch.set_rng_state(state["random"][RANK % len(state["random"])])
         return state["done"], state["before"]
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        reason = f"damaged, or of another model ({reason}); without it, the one before counts"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"damaged, or of another model ({reason}); delete it to go on from the one before"
         raise BadInput(f"{newest}: {reason}") from None
 
 
 def open_run(out):
-    """Make the run's folder, still empty. Raises BadInput if it cannot be written or holds anything."""
+    """Make the run's folder and claim it. Raises BadInput if it cannot be written or holds anything."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise BadInput(f"--out {out}: is not empty; name a new folder, or go on with --resume {out}")
-        (out / "metrics.jsonl").touch()
-        (out / "metrics.jsonl").unlink()
+        (out / "config.json").touch(exist_ok=False)  # now it is this run's
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error.strerror})") from None
 
@@ -1684,7 +1686,7 @@ def loading(flag, name):
         yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"cannot be loaded ({reason}); python rtt.py alone needs no download"
+        reason = f"cannot be loaded from here or the hub ({reason}); python rtt.py alone needs no download"
         raise BadInput(f"{flag} {name}: {reason}") from None
 
 
@@ -1698,11 +1700,13 @@ def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
         config = without_dropout(AutoConfig.from_pretrained(name))
         tokenizer = AutoTokenizer.from_pretrained(name)
         longest = max((len(encode_prompt(tokenizer, wrap.format(t.prompt))), t.prompt[:40]) for t in tasks)
+        if not longest[0]:
+            raise BadInput(f"{flag} {name}: has no tokenizer, or one without any token")
         context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
         if longest[0] + args.max_new_tokens > context:
             raise BadInput(
                 f"{args.data}: a prompt of {longest[0]} tokens and --max-new-tokens {args.max_new_tokens} "
-                f"exceed the context of {flag} {name}, {context} tokens: {longest[1]!r}"
+                f"exceed the context of {flag} {name}, {context} tokens; lower it or leave out {longest[1]!r}"
             )
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **SAFE)
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
@@ -1751,7 +1755,8 @@ def load_models(tasks, args):
         reference = copy.deepcopy(policy.model)
     if args.gradient_checkpointing:
         for model in [policy.model] + ([discriminator.base] if discriminator else []):
-            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+            enable = getattr(model, "activation_checkpointing_enable", None)  # its name in transformers 5.23
+            (enable or model.gradient_checkpointing_enable)(dict(use_reentrant=False))
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
     return Models(policy, optimizer, discriminator, judge, reference)
 
@@ -1767,9 +1772,12 @@ def run(args):
     try:
         models = load_models(train_tasks + eval_tasks, args)
         done, before = load_checkpoint(out, models)
+        if done > args.steps:
+            raise BadInput(f"--steps {args.steps}: {done} are done already")
     except BadInput:
         if new:
-            out.rmdir()  # still empty
+            (out / "config.json").unlink()
+            out.rmdir()
         raise
     write_whole(out / "config.json", json.dumps(vars(args), indent=2) + "\n")
     start, policy, judge = time.perf_counter(), models.policy, models.judge
@@ -1777,6 +1785,8 @@ def run(args):
         result, records = evaluate(policy, eval_tasks, args, judge)
         print(table(result))
     else:
+        if done:
+            print(f"going on after step {done}")
         before = before or evaluate(policy, eval_tasks, args, judge)[0]
         print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
         train(models, train_tasks, eval_tasks, out, args, done, before)
@@ -1791,7 +1801,7 @@ def run(args):
     write_whole(out / "responses.jsonl", "".join(lines))
     write_whole(out / "result.json", json.dumps(result, indent=2) + "\n")
     print(f"{time.perf_counter() - start:.0f} s in all; peak memory {peak_memory_mb():.0f} MB")
-    print(f"results, responses and, after training, metrics and the policy are in {out}")
+    print(f"everything is in {out}")
 
 
 def beside(name):
@@ -1923,9 +1933,11 @@ def resumed(args, parser, argv):
     """The arguments of the run in `--resume`, but for those that may change. Raises BadInput."""
     try:
         config = json.loads((Path(args.resume) / "config.json").read_text(encoding="utf-8"))
-        parser.set_defaults(**config)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"--resume {args.resume}: its config.json cannot be read ({error})") from None
+    if not isinstance(config, dict) or config.keys() != vars(args).keys():
+        raise BadInput(f"--resume {args.resume}: its config.json is not that of a run of this version")
+    parser.set_defaults(**config)
     free = ("resume", "steps", "save_every", "eval_every", "eval_prompts", "show_every", "device")
     args = checked(parser.parse_args(argv))
     for name in config.keys() - free:
@@ -1943,6 +1955,10 @@ def checked(args):
         raise BadInput("--model and --data: must not be empty")
     if args.group_size < 2:
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
+    if args.combine == "mix" and args.alpha > 1:
+        raise BadInput(
+            "--combine mix: --alpha must be at most 1, or the response level would count backwards"
+        )
     if args.clip and not CLIP[args.loss]:
         raise BadInput(f"--clip: --loss {args.loss} clips nothing")
     if args.prompts % WORLD:
@@ -1956,12 +1972,18 @@ def checked(args):
         name = getattr(args, flag)
         if re.fullmatch(r"Qwen[\w.-]+", name) and not Path(name).exists():
             setattr(args, flag, f"Qwen/{name}")
+    for flag in ("model", "data", "judge", "discriminator"):
+        if (
+            getattr(args, flag) and Path(getattr(args, flag)).exists()
+        ):  # so that --resume finds it from anywhere
+            setattr(args, flag, os.path.abspath(getattr(args, flag)))
     return args
 
 
 def main(argv=None):
     """Run; where the input is bad or the disk is full, say so in one line and leave with status 2."""
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
     try:
         args = parse_args(argv)
         if WORLD > 1:  # each process has a GPU of its own, and the first one speaks and writes
@@ -1973,6 +1995,7 @@ def main(argv=None):
         if WORLD > 1:
             dist.destroy_process_group()
     except KeyboardInterrupt:
+        print("rtt.py: interrupted; what was written before is whole: --resume goes on", file=sys.stderr)
         sys.exit(130)
     except BadInput as error:
         print(f"rtt.py: {error}", file=sys.stderr)

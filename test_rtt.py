@@ -35,6 +35,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -1561,6 +1563,16 @@ def test_the_kl_penalty_has_the_gradient_of_its_definition():
     assert close(gradient / expected.norm(), expected / expected.norm(), 1e-5)
 
 
+def test_a_token_that_cannot_be_sampled_leaves_the_entropy_finite():
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    forbid = lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([7]), -math.inf)
+    model.lm_head.register_forward_hook(forbid)
+    rollout = rtt.sample(model, [[5, 6]], 4, 6, seeds=[0])
+    assert rollout.entropy.isfinite().all() and (rollout.entropy > 0).any() and not (rollout.ids == 7).any()
+
+
 @pytest.mark.parametrize("bad", ["nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_said(bad, capsys):
     model = tiny_model()
@@ -1995,6 +2007,50 @@ def test_a_model_without_any_end_token_or_with_a_short_context_is_refused(
     assert f"{flag} {tmp_path / 'short'}" in said and "80 tokens" in said and not (tmp_path / "run").exists()
 
 
+def test_a_model_whose_past_cannot_be_shared_is_refused(tokenizer, data, capsys, tmp_path):
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(MambaConfig(**sizes, eos_token_id=2)).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    capsys.readouterr()
+    said = refused(capsys, "--model", tmp_path / "mamba", "--data", data, "--out", tmp_path / "run", *SMALL)
+    assert "recurrent" in said and not (tmp_path / "run").exists()
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused(folder, data, capsys, tmp_path):
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "chat*"))
+    said = refused(capsys, "--model", bare, "--data", data, "--out", tmp_path / "run", *SMALL)
+    assert "tokenizer" in said and not (tmp_path / "run").exists()
+
+
+def test_models_without_a_token_classifier_have_a_discriminator(tokenizer, tmp_path):
+    gemma3_model(len(tokenizer)).save_pretrained(tmp_path)
+    discriminator = rtt.RelevanceDiscriminator(tmp_path, tokenizer, 0.01, "cpu")
+    ids, mask = torch.randint(5, 50, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    evidence = (ids[:, None] > 25).float()  # [N, 1, T]
+    for _ in range(60):
+        discriminator.fit([["a"], ["b"]], ids, mask, evidence)
+    assert rtt.f1_and_auroc(discriminator.predict([["a"], ["b"]], ids, mask), evidence)[0] > 0.9
+
+
+def test_a_folder_belongs_to_the_run_that_opened_it(tmp_path):
+    rtt.open_run(tmp_path / "run")
+    with pytest.raises(rtt.BadInput, match="not empty"):
+        rtt.open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags", ["--combine mix --alpha 1.5", "--loss dfpo-min --clip 0.1 0.1"])
+def test_options_that_contradict_each_other_are_refused(flags, capsys):
+    assert flags.split()[0] in refused(capsys, *flags.split())
+
+
+def test_a_folder_that_is_no_run_is_not_resumed_and_stays_as_it_is(folder, finished, capsys, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    before = (model / "config.json").read_bytes()
+    assert "not that of a run" in refused(capsys, "--resume", model)
+    assert (model / "config.json").read_bytes() == before
+    assert "done already" in refused(capsys, "--resume", finished, "--steps", "1")
+
+
 def judged(monkeypatch, only=False):
     """Let all data be two prompts, each with a rubric that a judge must decide, and perhaps others."""
     comma, judged = rtt.make_rubric("punctuation:no_comma", {}), rtt.Rubric(rtt.JUDGED, {}, "is kind")
@@ -2098,8 +2154,8 @@ def test_eval_only_measures_and_writes_down_every_response(folder, data, tmp_pat
 def test_a_bare_name_of_a_qwen_is_a_model_of_the_hub_unless_there_is_such_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen3-0.6B").mkdir()
-    names = [("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("Qwen3-0.6B", "Qwen3-0.6B"), ("org/Qwen2", "org/Qwen2")]
-    for name, full in [*names, ("gpt2", "gpt2"), ("./Qwen2", "./Qwen2")]:
+    names = [("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"), ("Qwen3-0.6B", str(tmp_path / "Qwen3-0.6B"))]
+    for name, full in [*names, *[(name, name) for name in ("org/Qwen2", "gpt2", "./Qwen2")]]:
         args = rtt.parse_args(["--model", name, "--judge", name, "--discriminator", name])
         assert [args.model, args.judge, args.discriminator] == [full] * 3
 
