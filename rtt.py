@@ -586,7 +586,8 @@ class Policy(NamedTuple):
 def encode_prompt(tokenizer, prompt):
     """A prompt as token ids: through the chat template where there is one, as plain text where not."""
     if not tokenizer.chat_template:
-        return tokenizer(prompt).input_ids
+        ids = tokenizer(prompt).input_ids
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids

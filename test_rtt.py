@@ -1970,6 +1970,12 @@ def save_model(folder, path, change=lambda model, tokenizer: None):
     return path
 
 
+def test_a_prompt_does_not_end_with_the_end_token():
+    ending = lambda prompt: SimpleNamespace(input_ids=[7, 8, 2])
+    ending.chat_template, ending.eos_token_id = None, 2
+    assert rtt.encode_prompt(ending, "a b") == [7, 8]
+
+
 def test_a_tokenizer_without_a_pad_token_is_enough(folder, data, tmp_path):
     bare = save_model(folder, tmp_path / "bare", lambda _, tokenizer: setattr(tokenizer, "pad_token", None))
     assert policy_of(bare).tokenizer.pad_token is None
