@@ -794,6 +794,7 @@ def response_reward(verdicts, kind="aon"):
 
     "aon", all or nothing: 1 if every rubric is satisfied, else 0.
     "csr", constraint satisfaction rate: the share of the rubrics that are satisfied.
+    Raises ValueError for another kind.
     """
     if kind == "aon":
         return (verdicts >= 0).all(-1).float()
@@ -914,11 +915,11 @@ def grade(tokenizer, rollout, tasks, judge=None):
 # 4. Relevance: which tokens are responsible for a verdict?  (RTT, the token-level relevance discriminator)
 #
 # In: a criterion with its verdict, and a response.  Out: a relevance in [0, 1] for each response token.  The
-# discriminator is a small language model with a one-label token-classification head.  It reads criterion
-# and verdict, then the response, from left to right: without the verdict it could not know, at the first
-# "lamp", whether there will be too few of them.  It learns from the verifiers' evidence on the policy's own
-# rollouts, a little before RL and one step alongside each RL step.  Criterion and response are joined as
-# token ids, so the response's tokens are the policy's own.
+# discriminator is a language model, by default a copy of the starting policy, with a head that gives one
+# number a token.  It reads criterion and verdict, then the response, from left to right: without the verdict
+# it could not know, at the first "lamp", whether there will be too few of them.  It learns from the verifiers'
+# evidence on the policy's own rollouts, a little before RL and one step alongside each RL step.  Criterion and
+# response are joined as token ids, so the response's tokens are the policy's own.
 # ==================================================================================================
 
 
@@ -1043,6 +1044,7 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     """Token-level advantage [G, T] of one group (RTT, group partitioning and normalisation).
 
     verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T].
+    Raises ValueError for an unknown partition.
     With r = verdicts * relevance, the mean over k of r normalised over
       "intra":    the tokens of each (response, rubric): RTT's intra-sample token group normalisation;
       "inter":    the tokens of all responses, for each rubric;
@@ -1081,7 +1083,7 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
 def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
     """response_adv [G], token_adv [G, T], mask [G, T] -> advantage [G, T], 0 at padding (RTT-GRPO).
 
-    "add": A + alpha * a.  "mix": (1 - alpha) * A + alpha * a.
+    "add": A + alpha * a.  "mix": (1 - alpha) * A + alpha * a.  Raises ValueError for another way.
     """
     if how not in ("add", "mix"):
         raise ValueError(f"how must be 'add' or 'mix', not {how!r}")
@@ -1364,7 +1366,10 @@ def group_advantages(rewards, verdicts, relevance, mask, args):
 
 
 def rollout_metrics(rollout, verdicts, rewards, group_size):
-    """What a rollout says of the policy: reward, accuracies, entropy in nats a token, shares in [0, 1]."""
+    """What a rollout says of the policy: reward, accuracies, entropy in nats a token, shares in [0, 1].
+
+    verdicts [N, K], rewards [N]. zero_variance: groups of equal rewards, which teach nothing at response level.
+    """
     tokens, grouped = int(rollout.mask.sum()), rewards.view(-1, group_size)  # [P, G]
     return dict(
         reward=float(rewards.mean()),
@@ -1378,7 +1383,10 @@ def rollout_metrics(rollout, verdicts, rewards, group_size):
 
 
 def scored_tokens(relevance, evidence, verdicts, mask):
-    """relevance and evidence [N, K, T] at the response tokens, where there is evidence: two tensors [M]."""
+    """relevance and evidence [N, K, T] at response tokens, where there is evidence: two tensors [M].
+
+    verdicts [N, K], mask [N, T].
+    """
     valid = (verdicts != 0)[..., None] & (mask[:, None] > 0) & (evidence >= 0)  # [N, K, T]
     return relevance[valid].cpu(), evidence[valid].cpu()
 
@@ -1528,7 +1536,7 @@ def evaluate(policy, tasks, args, judge=None, discriminator=None):
     """Accuracy on held-out tasks, one response each, every time from the same random numbers.
 
     Returns a dict and the records of all responses. The dict: "instruction", "rubric", "truncated": shares;
-    "kinds": {rubric id: [satisfied, total]}; with a discriminator also "f1" and "auroc" of its relevance.
+    "kinds": {rubric id: [satisfied, total]}; "prompts": how many; with a discriminator also its "f1" and "auroc".
     """
     records, scored = [], []
     mine, size = range(RANK, len(tasks), WORLD), args.prompts * args.group_size  # a step's responses
@@ -1589,7 +1597,10 @@ def summary(out, after):
 
 
 def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
-    """One response with its mean advantage; in a terminal, tokens above it are green and those below red."""
+    """One response with its mean advantage; in a terminal, tokens above it are green and those below red.
+
+    ids, mask, advantages [T], verdicts [K].
+    """
     (text,), (tokens,) = token_spans(tokenizer, [ids[mask > 0].tolist()])
     mean = advantages[mask > 0].mean()
     strength = ((advantages - mean) / (advantages - mean)[mask > 0].abs().max().clamp(min=1e-6)).tolist()
