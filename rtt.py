@@ -914,12 +914,12 @@ def grade(tokenizer, rollout, tasks, judge=None):
 # ==================================================================================================
 # 4. Relevance: which tokens are responsible for a verdict?  (RTT, the token-level relevance discriminator)
 #
-# In: a criterion with its verdict, and a response.  Out: a relevance in [0, 1] for each response token.  The
-# discriminator is a language model, by default a copy of the starting policy, with a head that gives one
-# number a token.  It reads criterion and verdict, then the response, from left to right: without the verdict
-# it could not know, at the first "lamp", whether there will be too few of them.  It learns from the verifiers'
-# evidence on the policy's own rollouts, a little before RL and one step alongside each RL step.  Criterion and
-# response are joined as token ids, so the response's tokens are the policy's own.
+# In: a criterion with its verdict, and a response.  Out: a relevance in [0, 1] for each response token.
+# The discriminator is a language model, by default a copy of the starting policy, with a head that gives
+# one number a token.  It reads criterion and verdict, then the response, from left to right: without the
+# verdict it could not know, at the first "lamp", whether there will be too few of them.  It learns from the
+# verifiers' evidence on the policy's own rollouts, a little before RL and one step alongside each RL step.
+# Criterion and response are joined as token ids, so the response's tokens are the policy's own.
 # ==================================================================================================
 
 
@@ -1368,7 +1368,7 @@ def group_advantages(rewards, verdicts, relevance, mask, args):
 def rollout_metrics(rollout, verdicts, rewards, group_size):
     """What a rollout says of the policy: reward, accuracies, entropy in nats a token, shares in [0, 1].
 
-    verdicts [N, K], rewards [N]. zero_variance: groups of equal rewards, which teach nothing at response level.
+    verdicts [N, K], rewards [N]. zero_variance: groups of equal rewards teach nothing at response level.
     """
     tokens, grouped = int(rollout.mask.sum()), rewards.view(-1, group_size)  # [P, G]
     return dict(
@@ -1536,7 +1536,7 @@ def evaluate(policy, tasks, args, judge=None, discriminator=None):
     """Accuracy on held-out tasks, one response each, every time from the same random numbers.
 
     Returns a dict and the records of all responses. The dict: "instruction", "rubric", "truncated": shares;
-    "kinds": {rubric id: [satisfied, total]}; "prompts": how many; with a discriminator also its "f1" and "auroc".
+    "kinds": {rubric id: [satisfied, total]}; "prompts": how many; with a discriminator its "f1" and "auroc".
     """
     records, scored = [], []
     mine, size = range(RANK, len(tasks), WORLD), args.prompts * args.group_size  # a step's responses
