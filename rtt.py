@@ -938,6 +938,7 @@ class RelevanceDiscriminator:
         self.base = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, **SAFE)
         transformers.logging.set_verbosity_warning()
         head = torch.nn.Linear(self.base.get_input_embeddings().embedding_dim, 1)
+        torch.nn.init.normal_(head.weight, std=0.02)  # as transformers begins its heads
         self.model = torch.nn.ModuleDict(dict(base=self.base, head=head)).to(device)
         self.tokenizer, self.dtype = tokenizer, dtype
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate)
