@@ -71,14 +71,16 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 import unicodedata
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -1454,7 +1456,9 @@ def train_step(models, tasks, seeds, args):
         row = rollout_metrics(rollout, verdicts, rewards, G)
     with timed(seconds, "relevance"):
         uniform = torch.ones_like(evidence)  # [N, K, T]
-        relevance = evidence.clamp(min=0) if args.relevance == "evidence" else uniform
+        relevance = uniform if args.relevance == "uniform" else evidence.clamp(min=0)
+        if args.relevance == "shuffled":
+            relevance = shuffled(relevance, rollout.mask)
         if discriminator:
             criteria = criteria_of(tasks, verdicts)
             relevance = discriminator.predict(criteria, rollout.ids, rollout.mask)
@@ -1468,6 +1472,13 @@ def train_step(models, tasks, seeds, args):
     row = merged(gather(row | {f"seconds_{phase}": s for phase, s in seconds.items()}))
     row["tokens_per_second"] = row["tokens"] / row["seconds"]
     return row, (tasks[0], rollout.ids[0], rollout.mask[0], verdicts[0], advantages[0])
+
+
+def shuffled(relevance, mask):
+    """relevance [N, K, T] with the tokens of each response in a random order: the same credit, misplaced."""
+    keys = torch.rand(mask.shape).to(mask.device) - mask  # [N, T] a response's tokens before its padding
+    order = keys.argsort(1)[:, None].expand_as(relevance)  # [N, K, T]
+    return relevance.gather(2, order) * mask[:, None]
 
 
 def merged(rows):
@@ -1682,7 +1693,101 @@ def open_run(out):
 
 
 # ==================================================================================================
-# 10. The command line
+# 10. Comparing: several configurations, several seeds, one table
+#
+# In: what to change in the command line.  Out: a table with intervals, and one line a run with its settings.
+# The runs are ordinary runs of this file, a process and a thread each; finished ones are kept, broken ones
+# resumed.
+# ==================================================================================================
+
+STUDIES = {  # RTT's main claim; its group partitioning problem; TGC; is it the token credit that helps?
+    "rtt": "alpha=0,alpha=0+reward=csr,base,reward=csr",
+    "partition": "base,partition=inter,partition=rubric,partition=verdict,alpha=0,alpha=0.25,alpha=1",
+    "exchange": ",".join(f"updates=4+loss={loss}{rest}" for rest in ("+alpha=0", "") for loss in LOSSES),
+    "relevance": "base,relevance=evidence,relevance=uniform,relevance=shuffled",
+}
+GOAL = 0.5  # the held-out instruction-level accuracy whose first step the table names
+
+
+def finish(folder, argv):
+    """Run a configuration, or what is left of it, in a process of its own. Raises BadInput if it fails."""
+    if not (folder / "result.json").is_file():
+        rest = ["--resume", folder] if (folder / "config.json").is_file() else argv
+        one_thread = dict(os.environ, OMP_NUM_THREADS="1")
+        ended = subprocess.run(
+            [sys.executable, __file__, *rest], env=one_thread, capture_output=True, text=True
+        )
+        if ended.returncode:
+            raise BadInput(f"{folder}: {(ended.stderr.strip() or 'failed').splitlines()[-1]}")
+    for state in folder.glob("checkpoint-*"):  # only the numbers are wanted
+        state.unlink()
+
+
+def outcome(folder):
+    """A finished run in numbers, accuracies in per cent, with its settings; "goal": when it reached GOAL."""
+    config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+    curve = [(row["step"], row["eval_instruction"]) for row in rows if "eval_instruction" in row]
+    changes = [abs(b - a) for (_, a), (_, b) in zip(curve, curve[1:])]
+    found = {level: 100 * result["after"][level] for level in ("instruction", "rubric")}
+    found |= dict(entropy=fmean(row["entropy"] for row in rows[-10:]), jitter=100 * fmean(changes or [0.0]))
+    found |= {name: fmean(row[name] for row in rows) for name in ("residual", "seconds")}
+    goal = next((step for step, level in curve if level >= GOAL), None)
+    config |= {
+        name: os.path.relpath(config[name], Path(__file__).resolve().parent) for name in ("model", "data")
+    }
+    return found | dict(goal=goal, curve=curve, config=config)
+
+
+def interval(values):
+    """Mean of n numbers, and half the width of its 95 % interval by Student's t (nan for n = 1)."""
+    t = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(len(values), 10) - 1]
+    return fmean(values), t * (stdev(values) if len(values) > 1 else 0.0) / math.sqrt(len(values))
+
+
+def compare(args, argv):
+    """Run every configuration of `--compare` with every seed, as many at a time as there are cores."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--compare", "--seeds", "--seed", "--out"):
+        own.add_argument(flag)
+    common, out = own.parse_known_args(argv)[1], Path(args.out or "runs/compare")
+    names, jobs = STUDIES.get(args.compare, args.compare).split(","), {}
+    place = lambda name, seed: out / f"{name}+seed={seed}"
+    for seed, name in itertools.product(range(args.seeds), names):
+        options = [f"--{option}" for option in name.split("+") if option != "base"]
+        folder = place(name, seed)
+        jobs[folder] = [*common, "--show-every=0", *options, f"--seed={seed}", f"--out={folder}"]
+        wanted, config = vars(parse_args(jobs[folder])), folder / "config.json"
+        if config.is_file() and json.loads(config.read_text()) | dict(resume="") != wanted:
+            raise BadInput(f"{folder}: holds a run with other settings; name another --out")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [pool.submit(finish, *job) for job in jobs.items()]
+        for done in progress(as_completed(runs), "runs", total=len(runs)):
+            done.result()
+    results = [[outcome(place(name, seed)) for seed in range(args.seeds)] for name in names]
+    lines = [json.dumps(result) + "\n" for runs in results for result in runs]
+    write_whole(out / "results.jsonl", "".join(lines))
+    print(comparison(names, results))
+
+
+def comparison(names, results):
+    """The table of a study: results [configurations][seeds] -> text. Differences are paired by seed."""
+    row, rest = "{:<28}" + "{:>15}" * 4 + "{:>10}" * 4, ("entropy", "residual", "jitter", "seconds")
+    lines = [
+        row.format("configuration", "instruction %", "to the first", "rubric %", f"step of {GOAL:.0%}", *rest)
+    ]
+    for name, runs in zip(names, results):
+        level = lambda key: "{:.1f} ± {:.1f}".format(*interval([run[key] for run in runs]))
+        gains = [run["instruction"] - first["instruction"] for run, first in zip(runs, results[0])]
+        steps = [run["goal"] for run in runs if run["goal"]]
+        goal = f"{fmean(steps):.0f} ({len(steps)}/{len(runs)})" if steps else "never"
+        columns = level("instruction"), "{:+.1f} ± {:.1f}".format(*interval(gains)), level("rubric"), goal
+        lines.append(row.format(name, *columns, *(f"{fmean(run[key] for run in runs):.2f}" for key in rest)))
+    return "\n".join(lines)
+
+
+# ==================================================================================================
+# 11. The command line
 #
 # In: the command line.  Out: a run.  What is wrong is said in one line, before any time is spent on models.
 # ==================================================================================================
@@ -1777,6 +1882,11 @@ def load_models(tasks, args):
 def run(args):
     """Check the input, load, measure, train, measure again, save."""
     train_tasks, eval_tasks = load_both(args.data, args.eval_only)
+    if args.rubrics:
+        fitting = lambda tasks: [task for task in tasks if len(task.rubrics) == args.rubrics]
+        train_tasks, eval_tasks = fitting(train_tasks), fitting(eval_tasks)
+        if not eval_tasks or not train_tasks and not args.eval_only:
+            raise BadInput(f"--rubrics {args.rubrics}: {args.data} lacks such prompts")
     out = Path(args.resume or args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
     new = RANK == 0 and not args.resume
     if new:
@@ -1877,6 +1987,7 @@ def parse_args(argv=None):
         help="a Hugging Face model folder, or a model's name on the hub (Qwen2.5-0.5B is Qwen/Qwen2.5-0.5B)")
     add("--data", metavar="NAME", default=beside("data/stories"),
         help="folder with train and eval.jsonl, a .jsonl file, or a hub data set such as google/IFEval")
+    add("--rubrics", metavar="N", type=any_number, default=0, help="use only prompts with N rubrics (0: all)")
     add("--judge", metavar="NAME", default="",
         help="model that decides rubrics which no rule can (default: the starting policy)")
     add("--out", metavar="DIR", default="",
@@ -1897,8 +2008,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("rewards and advantages (RTT)").add_argument
     add("--reward", choices=("aon", "csr"), default="aon",
         help="all rubrics or nothing; or the share of them satisfied")
-    add("--relevance", choices=("discriminator", "evidence", "uniform"), default="discriminator",
-        help="of tokens to verdicts: learned; the verifiers' own; all alike (with intra, plain GRPO)")
+    add("--relevance", choices=("discriminator", "evidence", "uniform", "shuffled"), default="discriminator",
+        help="of tokens to verdicts: learned; the verifiers' own; all alike; the verifiers' on other tokens")
     add("--partition", choices=PARTITIONS, default="intra", help="what the token rewards are normalised over")
     add("--alpha", metavar="X", type=weight, default=0.5, help="weight of the token level; 0 is plain GRPO")
     add("--combine", choices=("add", "mix"), default="add", help="A + alpha a; or (1 - alpha) A + alpha a")
@@ -1928,6 +2039,10 @@ def parse_args(argv=None):
     add("--save-every", metavar="N", type=some, default=50, help="steps between checkpoints; two are kept")
     add("--resume", metavar="DIR", default="",
         help="go on with the run in this folder from its last checkpoint, for as many --steps in all")
+    add = parser.add_argument_group("comparing").add_argument
+    add("--compare", metavar="SPEC", default="",
+        help=f"a study ({', '.join(STUDIES)}) or a list such as base,alpha=0,loss=gspo+updates=4")
+    add("--seeds", metavar="N", type=some, default=5, help="seeds of each configuration, from 0")
     # fmt: on
     args = parser.parse_args(argv)
     if Path(args.model).resolve() != Path(beside("data/tiny")).resolve():
@@ -2004,7 +2119,7 @@ def main(argv=None):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
             sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
-        run(args)
+        compare(args, argv) if args.compare else run(args)
         if WORLD > 1:
             dist.destroy_process_group()
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ Models are made here, tiny and with random weights; the tokenizer is that of dat
 
 import errno
 import itertools
+import itertools
 import json
 import math
 import os
@@ -2581,3 +2582,51 @@ def test_an_out_that_cannot_be_written_is_refused(data, capsys, tmp_path, monkey
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         assert str(out) in refused(capsys, "--data", data, "--out", out)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+# ==================================================================================================
+# 10. Comparing
+# ==================================================================================================
+
+
+def test_an_interval_is_that_of_students_t():
+    mean, half = rtt.interval([1.0, 2.0, 3.0, 4.0, 6.0])
+    assert close(mean, 3.2) and close(half, 2.776 * math.sqrt(3.7) / math.sqrt(5), 5e-3)
+    assert math.isnan(rtt.interval([1.0])[1]) and rtt.interval([2.0, 2.0]) == (2.0, 0.0)
+
+
+def test_shuffled_relevance_is_the_same_credit_on_other_tokens_of_the_same_response():
+    torch.manual_seed(0)
+    mask = (torch.arange(9) < torch.tensor([9, 5, 1])[:, None]).long()  # [N, T]
+    relevance = torch.rand(3, 2, 9) * mask[:, None]
+    moved = rtt.shuffled(relevance, mask)
+    for i, k in itertools.product(range(3), range(2)):
+        assert moved[i, k].sort().values.equal(relevance[i, k].sort().values)
+        assert not (moved[i, k] * (1 - mask[i])).any()
+    assert not moved[0].equal(relevance[0]) and moved[2].equal(relevance[2])
+
+
+def test_the_table_of_a_study_pairs_the_seeds():
+    run = lambda level, goal: dict(
+        instruction=level, rubric=90.0, goal=goal, entropy=0.5, residual=0.1, jitter=2.0, seconds=1.0
+    )
+    first, second = [run(50.0, 25), run(60.0, None)], [run(52.0, None), run(62.0, None)]
+    lines = rtt.comparison(["base", "alpha=0"], [first, second]).splitlines()
+    assert "55.0 ± 63.5" in lines[1] and "+0.0 ± 0.0" in lines[1] and "25 (1/2)" in lines[1]
+    assert "+2.0 ± 0.0" in lines[2] and "never" in lines[2]  # the same gain with each seed: no spread
+
+
+def test_a_comparison_keeps_what_is_finished_and_resumes_what_is_not(data, tmp_path, capsys, monkeypatch):
+    flags = ["--compare", "alpha=0,alpha=0+reward=csr", "--seeds", "1", "--out", tmp_path, "--data", data]
+    flags += [*SMALL, "--steps", "2", "--eval-every", "1", "--eval-prompts", "2", "--save-every", "1"]
+    rtt.main([str(flag) for flag in flags])
+    first, second = (tmp_path / f"{name}+seed=0" for name in ("alpha=0", "alpha=0+reward=csr"))
+    lines = [json.loads(line) for line in open(tmp_path / "results.jsonl")]
+    assert [line["config"]["reward"] for line in lines] == ["aon", "csr"] and lines[0]["curve"][0][0] == 1
+    assert "alpha=0+reward=csr" in capsys.readouterr().out
+    kept = (first / "result.json").stat().st_mtime_ns
+    (second / "result.json").unlink()  # broken off at the very end
+    rtt.main([str(flag) for flag in flags])
+    assert (first / "result.json").stat().st_mtime_ns == kept and (second / "result.json").is_file()
+    assert "other settings" in refused(capsys, *flags, "--lr", "0.1")
+    assert "--loss" in refused(capsys, *flags[:1], "loss=none", *flags[2:])
