@@ -7,7 +7,6 @@ Models are made here, tiny and with random weights; the tokenizer is that of dat
 
 import errno
 import itertools
-import itertools
 import json
 import math
 import os
