@@ -1826,7 +1826,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """Defaults are shown where there is one to show."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
 
 
 def number(kind, least, what):
