@@ -1970,8 +1970,7 @@ def test_two_processes_measure_what_one_does(folder, data, discriminator, monkey
     monkeypatch.setattr(rtt, "WORLD", 2)
     monkeypatch.setattr(rtt, "gather", lambda part: parts.append(part) or [part])
     other = [monkeypatch.setattr(rtt, "RANK", rank) or measure()[0] for rank in (0, 1)]
-    for name in ("f1", "auroc"):
-        assert len({result[name] for result in (one, *other)}) == 3
+    assert len({result["auroc"] for result in (one, *other)}) == 3
     both = iter(zip(parts[:2], parts[2:]))
     monkeypatch.setattr(rtt, "gather", lambda part: next(both))
     two, same = measure()
@@ -2436,11 +2435,10 @@ for name, trouble in TROUBLES.items():
         results[name][0] = end(*fork(["--resume", out], step(1, interrupt)), out)
     results[name].append(end(*fork(["--resume", out, *(["--steps", "5"] if fewer else [])]), out))
 flags += "--reward csr --partition verdict --updates 2 --kl 0.1".split()
-evidence = [*flags, "--relevance", "evidence", "--out"]
-for name, argv in {"two evidence": evidence, "two discriminator": [*flags, "--out"]}.items():
-    argv = [*argv, f"{root}/{name}"]
-    results[name] = [end(*child) for child in [fork(argv, None, rank, 2) for rank in range(2)]]
-results["one evidence"] = [end(*fork([*evidence, f"{root}/one evidence"]))]
+for relevance in ("evidence", "discriminator"):
+    for name, world in (f"one {relevance}", 1), (f"two {relevance}", 2):
+        argv = [*flags, "--relevance", relevance, "--out", f"{root}/{name}"]
+        results[name] = [end(*child) for child in [fork(argv, None, rank, world) for rank in range(world)]]
 print(json.dumps(results))
 """
 STOPPED = "killed in the warm-up", "killed before the first checkpoint", "killed between checkpoints"
@@ -2510,22 +2508,30 @@ def weights_of(folder):
     return torch.cat([w.flatten() for _, w in sorted(load_file(folder / "model.safetensors").items())])
 
 
-def test_two_processes_do_what_one_does(runs, folder):
-    root, results = runs
-    for name in ("one evidence", "two evidence", "two discriminator"):
+@pytest.mark.parametrize("relevance", ["evidence", "discriminator"])
+def test_two_processes_do_what_one_does(relevance, runs, folder):
+    (root, results), names = runs, (f"one {relevance}", f"two {relevance}")
+    for name in names:
         assert [status for status, _, _ in results[name]] == [0] * len(results[name]), results[name]
-    one, two = (read(root / name / "metrics.jsonl") for name in ("one evidence", "two evidence"))
+    one, two = (read(root / name / "metrics.jsonl") for name in names)
     assert len(one) == len(two) == 5 and any(row["reward"] > 0 and abs(row["loss"]) > 1e-3 for row in one)
     for a, b in zip(one, two):
         for field in ("reward", "loss", "grad_norm", "tokens", "truncated", "approx_kl"):
-            assert b[field] == pytest.approx(a[field], rel=1e-4, abs=1e-6), field
+            assert b[field] == pytest.approx(a[field], rel=1e-3, abs=1e-6), field
     start = weights_of(folder)
-    a, b = (weights_of(root / name / "policy") for name in ("one evidence", "two evidence"))
+    a, b = (weights_of(root / name / "policy") for name in names)
     assert (a - b).abs().mean() < 1e-3 * (a - start).abs().mean()
-    for file in ("result.json", "responses.jsonl"):
-        assert (root / "two evidence" / file).read_bytes() == (root / "one evidence" / file).read_bytes()
-    assert results["two evidence"][1][1] == "" != results["two evidence"][0][1]  # one of them speaks
-    assert all(0 <= row["f1"] <= 1 for row in read(root / "two discriminator" / "metrics.jsonl"))
+    file = "responses.jsonl"
+    assert (root / names[1] / file).read_bytes() == (root / names[0] / file).read_bytes()
+    one, two = (json.loads((root / name / "result.json").read_text()) for name in names)
+    for a, b in (one["before"], two["before"]), (one["after"], two["after"]):
+        assert a.pop("kinds") == b.pop("kinds") and b == pytest.approx(a, rel=1e-3)
+    assert results[names[1]][1][1] == "" != results[names[1]][0][1]  # one of them speaks
+    if relevance == "discriminator":
+        paths = [root / names[n] / f"checkpoint-00000{step}.pt" for n, step in ((0, 4), (0, 5), (1, 5))]
+        learners = [torch.load(path)["discriminator"] for path in paths]
+        start, a, b = (torch.cat([w.flatten() for w in learner.values()]) for learner in learners)
+        assert (a - b).abs().mean() < 1e-3 * (a - start).abs().mean()
 
 
 def test_a_process_that_dies_ends_the_whole_run_under_torchrun(folder, data, tmp_path):
