@@ -2093,6 +2093,13 @@ def test_models_without_a_token_classifier_have_a_discriminator(tokenizer, tmp_p
     assert rtt.f1_and_auroc(discriminator.predict([["a"], ["b"]], ids, mask), evidence)[0] > 0.9
 
 
+def test_a_judge_that_cannot_say_yes_or_no_is_refused(folder, data, capsys, tmp_path, monkeypatch):
+    judged(monkeypatch)
+    monkeypatch.setattr(rtt, "answer_tokens", lambda tokenizer: ([], [7]))
+    said = refused(capsys, "--model", folder, "--data", data, "--out", tmp_path / "run", *SMALL)
+    assert "yes and no alike" in said and not (tmp_path / "run").exists()
+
+
 def test_a_folder_belongs_to_the_run_that_opened_it(tmp_path):
     rtt.open_run(tmp_path / "run")
     with pytest.raises(rtt.BadInput, match="not empty"):
