@@ -852,6 +852,13 @@ QUESTION = (
 )
 
 
+def answer_tokens(tokenizer):
+    """The ids of the tokens that begin a yes, and of those that begin a no, without what begins both."""
+    first = lambda *words: {tokenizer(word, add_special_tokens=False).input_ids[0] for word in words}
+    yes, no = first("yes", "Yes", " yes", " Yes"), first("no", "No", " no", " No")
+    return sorted(yes - no), sorted(no - yes)  # a lone space before both says nothing
+
+
 @torch.no_grad()
 def judge_yes(judge, questions, batch=16):
     """How sure a judge is of "yes": P(yes) / (P(yes) + P(no)) of its next token (RTT; no generation).
@@ -860,9 +867,7 @@ def judge_yes(judge, questions, batch=16):
     criterion. What the questions on one response share, above all the response, is computed once.
     """
     tokenizer, device, answers = judge.tokenizer, judge.model.device, [None] * len(questions)
-    first = lambda *words: {tokenizer(word, add_special_tokens=False).input_ids[0] for word in words}
-    yes, no = first("yes", "Yes", " yes", " Yes"), first("no", "No", " no", " No")
-    yes, no = sorted(yes - no), sorted(no - yes)  # a lone space before both says nothing
+    yes, no = answer_tokens(tokenizer)
     rows = [[encode_prompt(tokenizer, QUESTION.format(p, r, c)) for c in cs] for p, r, cs in questions]
     order = sorted(range(len(rows)), key=lambda m: len(rows[m][0]))  # like lengths together: less padding
     for start in range(0, len(order), batch):
@@ -1862,6 +1867,8 @@ def load_models(tasks, args):
         wrap = QUESTION.format("{}", "", "criterion " * 20)  # room for criteria of some 20 words
         dtype = getattr(torch, args.dtype)
         judge = load_policy("--judge", args.judge or args.model, args, dtype, judged, wrap)
+        if not all(answer_tokens(judge.tokenizer)):
+            raise BadInput(f"--judge {args.judge or args.model}: its tokenizer begins yes and no alike")
     if not args.eval_only and args.relevance == "discriminator" and args.alpha:
         name, tokenizer = args.discriminator or args.model, policy.tokenizer
         with loading("--discriminator", name):
@@ -1936,7 +1943,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """Defaults are shown where there is one to show."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
 
 
 def number(kind, least, what):
