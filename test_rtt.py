@@ -2072,7 +2072,6 @@ def test_a_model_whose_past_cannot_be_shared_is_refused(tokenizer, data, capsys,
     sizes = dict(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=1)
     MambaForCausalLM(MambaConfig(**sizes, eos_token_id=2)).save_pretrained(tmp_path / "mamba")
     tokenizer.save_pretrained(tmp_path / "mamba")
-    capsys.readouterr()
     said = refused(capsys, "--model", tmp_path / "mamba", "--data", data, "--out", tmp_path / "run", *SMALL)
     assert "recurrent" in said and not (tmp_path / "run").exists()
 
@@ -2623,6 +2622,7 @@ def test_what_cannot_be_resumed_is_one_line_and_stays_as_it_is(damage, finished,
 
 def refused(capsys, *argv):
     """The one line that main prints before it leaves with status 2."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         rtt.main([str(arg) for arg in argv])
     err = capsys.readouterr().err.strip()
