@@ -1976,6 +1976,7 @@ def parse_args(argv=None):
         "  python rtt.py --model Qwen2.5-0.5B                   a model of the hub, on data/instructions\n"
         "  python rtt.py --eval-only --model NAME --data NAME   only measure\n"
         "  python rtt.py --resume runs/NAME                     go on after an interruption\n"
+        "  python rtt.py --compare base,alpha=0 --seeds 3       several runs in one table\n"
         "  torchrun --nproc_per_node 4 rtt.py --model NAME      on four GPUs",
         formatter_class=Help,
     )
