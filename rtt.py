@@ -1738,9 +1738,9 @@ def outcome(folder):
     found |= dict(entropy=fmean(row["entropy"] for row in rows[-10:]), jitter=100 * fmean(changes or [0.0]))
     found |= {name: fmean(row[name] for row in rows) for name in ("residual", "seconds")}
     goal = next((step for step, level in curve if level >= GOAL), None)
-    config |= {
-        name: os.path.relpath(config[name], Path(__file__).resolve().parent) for name in ("model", "data")
-    }
+    here = Path(__file__).resolve().parent  # a result names no folder of the machine
+    config |= dict(model=os.path.relpath(config["model"], here), data=os.path.relpath(config["data"], here))
+    config |= dict(out=folder.name, resume="")
     return found | dict(goal=goal, curve=curve, config=config)
 
 
