@@ -2761,3 +2761,12 @@ def test_a_comparison_keeps_what_is_finished_and_resumes_what_is_not(data, tmp_p
     assert (first / "result.json").stat().st_mtime_ns == kept and (second / "result.json").is_file()
     assert "other settings" in refused(capsys, *flags, "--lr", "0.1")
     assert "--loss" in refused(capsys, *flags[:1], "loss=none", *flags[2:])
+
+
+def test_only_prompts_with_so_many_rubrics_are_used(folder, data, tmp_path, capsys):
+    counts = [len(task.rubrics) for task in rtt.load_tasks(data, "eval")]
+    flags = ["--model", folder, "--data", data, "--eval-only", "--max-new-tokens", 4, "--out", tmp_path / "run"]
+    rtt.main([str(flag) for flag in [*flags, "--rubrics", counts[0]]])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["prompts"] == counts.count(counts[0])
+    assert "--rubrics 9" in refused(capsys, *flags[:-1], tmp_path / "none", "--rubrics", 9)
