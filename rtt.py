@@ -1763,7 +1763,7 @@ def compare(args, argv):
         folder = place(name, seed)
         jobs[folder] = [*common, "--show-every=0", *options, f"--seed={seed}", f"--out={folder}"]
         wanted, config = vars(parse_args(jobs[folder])), folder / "config.json"
-        if config.is_file() and json.loads(config.read_text()) | dict(resume="") != wanted:
+        if config.is_file() and json.loads(config.read_text()) | dict(out=str(folder), resume="") != wanted:
             raise BadInput(f"{folder}: holds a run with other settings; name another --out")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = [pool.submit(finish, *job) for job in jobs.items()]
@@ -1842,20 +1842,24 @@ def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
     return Policy(model.to(args.device), tokenizer, sorted(ends))
 
 
-def load_both(path, only_held_out):
+def load_both(path, rubrics, only_held_out):
     """Tasks to train on, and held-out ones: train and eval.jsonl of a folder, or a file's last tenth.
 
-    only_held_out (--eval-only): eval.jsonl of a folder, or all of a file; nothing to train on.
+    rubrics: keep only prompts with as many; 0: all. only_held_out (--eval-only): eval.jsonl of a folder, or
+    all of a file; nothing to train on.
     """
+    of_this_size = lambda tasks: [task for task in tasks if rubrics in (0, len(task.rubrics))]
     if Path(path).is_dir():
-        return [] if only_held_out else load_tasks(path, "train"), load_tasks(path, "eval")
-    tasks = load_tasks(path)
-    if only_held_out:
-        return [], tasks
-    if len(tasks) < 2:
-        raise BadInput(f"{path}: holds one prompt; at least two are needed, one of them to be held out")
-    held_out = max(1, len(tasks) // 10)
-    return tasks[:-held_out], tasks[-held_out:]
+        train = [] if only_held_out else of_this_size(load_tasks(path, "train"))
+        held_out = of_this_size(load_tasks(path, "eval"))
+    else:
+        tasks = of_this_size(load_tasks(path))
+        cut = 0 if only_held_out else len(tasks) - max(1, len(tasks) // 10)
+        train, held_out = tasks[:cut], tasks[cut:]
+    if not held_out or not train and not only_held_out:
+        kind = f" for --rubrics {rubrics}" if rubrics else ""
+        raise BadInput(f"{path}: too few prompts{kind}; at least one to train on and one held out are needed")
+    return train, held_out
 
 
 def load_models(tasks, args):
@@ -1888,12 +1892,7 @@ def load_models(tasks, args):
 
 def run(args):
     """Check the input, load, measure, train, measure again, save."""
-    train_tasks, eval_tasks = load_both(args.data, args.eval_only)
-    if args.rubrics:
-        fitting = lambda tasks: [task for task in tasks if len(task.rubrics) == args.rubrics]
-        train_tasks, eval_tasks = fitting(train_tasks), fitting(eval_tasks)
-        if not eval_tasks or not train_tasks and not args.eval_only:
-            raise BadInput(f"--rubrics {args.rubrics}: {args.data} lacks such prompts")
+    train_tasks, eval_tasks = load_both(args.data, args.rubrics, args.eval_only)
     out = Path(args.resume or args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
     new = RANK == 0 and not args.resume
     if new:

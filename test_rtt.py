@@ -1947,7 +1947,7 @@ def test_a_prompt_goes_through_the_chat_template_where_there_is_one(folder):
 def test_a_file_keeps_its_last_tenth_for_measuring(tmp_path):
     rows = [ROW | dict(prompt=f"Story {i}.") for i in range(20)]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train_tasks, eval_tasks = rtt.load_both(str(tmp_path / "all.jsonl"), False)
+    train_tasks, eval_tasks = rtt.load_both(str(tmp_path / "all.jsonl"), 0, False)
     assert [task.prompt for task in eval_tasks] == ["Story 18.", "Story 19."] and len(train_tasks) == 18
 
 
