@@ -50,8 +50,8 @@ What is simplified, and where this differs from the papers:
   - The discriminator learns online, from the verifiers' evidence on the policy's own rollouts, and
     reads each criterion with its verdict. RTT trains it beforehand, on labelled data. A judge gives no
     evidence: for criteria in words the discriminator relies on what it learned from the others.
-  - `token_advantage` divides by std + 0.1, not by std (see there why). Its partition "verdict" is an
-    addition: it is what TGC's cancellation condition asks of RTT's token channel.
+  - `token_advantage` divides by std + 0.1, not by std (see there why). Its partitions "verdict",
+    "contested" and "cross" are additions: what TGC's cancellation condition asks of RTT's token channel.
   - IFEval asks a language detector, reads keywords as regular expressions, and splits sentences and
     words with NLTK. Here: the script of the letters (and the judge, where languages share it), literal
     text, and two rules (SENTENCE_END, WORD). A letter may be a sign such as #, where IFEval draws another.
@@ -1026,7 +1026,7 @@ def f1_and_auroc(relevance, evidence):
 # RTT's group partitioning problem; the partitions below differ in one line.
 # ==================================================================================================
 
-PARTITIONS = ("intra", "inter", "rubric", "verdict")
+PARTITIONS = ("intra", "inter", "rubric", "verdict", "contested", "cross")
 
 
 def response_advantage(rewards, eps=1e-6):
@@ -1058,13 +1058,20 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
       "inter":    the tokens of all responses, for each rubric;
       "rubric":   the tokens of all responses, after r was averaged over the rubrics;
       "verdict":  the responses, for each rubric, and only then spread by relevance: a token without
-                  relevance gets exactly 0, and a rubric on which the group agrees gives nothing.
+                  relevance gets exactly 0, and a rubric on which the group agrees gives nothing;
+      "contested":  as "intra", but rubrics on which the group agrees are left out;
+      "cross":    verdicts over the responses, relevance over the tokens of all responses, for each rubric,
+                  and the product of both: the contrast of "intra", and it cancels where "verdict" does.
 
     One rubric, satisfied by the first response for its third token, violated by the second for its second
-    (verdicts [[1], [-1]], relevance [[[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps=0):
-      "intra"            [[-.58, -.58, 1.73, -.58], [.58, -1.73, .58, .58]]: irrelevant tokens move, too
-      "inter", "rubric"  [[0, 0, 2, 0], [0, -2, 0, 0]]: they would, were the verdicts not balanced
-      "verdict"          [[0, 0, 1, 0], [0, -1, 0, 0]]: they never do
+    (verdicts [[1], [-1]], relevance [[[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps near 0):
+      "intra", "contested", "cross"  [[-.58, -.58, 1.73, -.58], [.58, -1.73, .58, .58]]
+      "inter", "rubric"              [[0, 0, 2, 0], [0, -2, 0, 0]]: unbalanced verdicts would move the rest
+      "verdict"                      [[0, 0, 1, 0], [0, -1, 0, 0]]: nothing ever does
+    Were both satisfied (verdicts [[1], [1]]), there would be nothing to tell the responses apart:
+      "intra"                        [[-.58, -.58, 1.73, -.58], [-.58, 1.73, -.58, -.58]]: it pushes on
+      "inter", "rubric"              the same here
+      the others                     0
 
     eps is large on purpose. r lies in [-1, 1]. One relevant token of 40 makes a std of 0.16, while a
     discriminator that sees nothing anywhere still makes one of 0.01 from noise: with eps = 0.1 the first
@@ -1075,16 +1082,21 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     valid = mask[:, None].float()  # [G, 1, T]
     relevance = relevance.masked_fill(valid == 0, 0.0)  # [G, K, T]
     reward = signs[..., None] * relevance  # [G, K, T]
+    if partition == "rubric":
+        return masked_normalize(reward.sum(1) / rubrics, valid[:, 0], (0, 1), eps)
+    verdict_adv = masked_normalize(signs, (signs != 0).float(), 0, eps)[..., None]  # [G, K, 1]
     if partition == "intra":
         advantage = masked_normalize(reward, valid, 2, eps)
     elif partition == "inter":
         advantage = masked_normalize(reward, valid, (0, 2), eps)
-    elif partition == "rubric":
-        return masked_normalize(reward.sum(1) / rubrics, valid[:, 0], (0, 1), eps)
     elif partition == "verdict":
-        advantage = masked_normalize(signs, (signs != 0).float(), 0, eps)[..., None] * relevance
+        advantage = verdict_adv * relevance
+    elif partition == "contested":
+        advantage = masked_normalize(reward, valid, 2, eps) * (verdict_adv != 0)
+    elif partition == "cross":
+        advantage = verdict_adv * masked_normalize(relevance, valid, (0, 2), eps)
     else:
-        raise ValueError(f"partition must be 'intra', 'inter', 'rubric' or 'verdict', not {partition!r}")
+        raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, not {partition!r}")
     return advantage.sum(1) / rubrics  # [G, T]
 
 
@@ -1108,8 +1120,8 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 # gradient in all of them: it moves by sum_i c[i, t].  Sharing it made no response better than another, so
 # the sum should be 0.  A group's response-level advantages sum to 0; times weights that differ between the
 # responses they do not, unless the weights are first made constant or orthogonal to the advantages.
-# (A token channel must sum to 0 by itself. Of the partitions of section 5 only "verdict" does, and only
-# where a shared token has the same relevance in all responses; a learned relevance comes near to that.)
+# (A token channel must sum to 0 by itself. Of the partitions of section 5 "verdict" and "cross" do, where a
+# shared token has the same relevance in all responses; a learned relevance comes near to that.)
 # ==================================================================================================
 
 

@@ -1228,10 +1228,17 @@ def loop_token_advantage(verdicts, relevance, lengths, partition, eps=0.1):
         elif partition == "inter":
             for (i, t), value in zip(places, normalize([reward[i, k, t] for i, t in places], eps)):
                 total[i, t] += value / K
+        elif partition == "contested":
+            if len({verdicts[i][k] for i in range(G)}) == 2:
+                for i in range(G):
+                    row = normalize([reward[i, k, t] for t in range(lengths[i])], eps)
+                    for t, value in enumerate(row):
+                        total[i, t] += value / K
         else:
             signs = normalize([verdicts[i][k] for i in range(G)], eps)
-            for i, t in places:
-                total[i, t] += signs[i] * relevance[i][k][t] / K
+            spread = [relevance[i][k][t] for i, t in places]
+            for (i, t), w in zip(places, normalize(spread, eps) if partition == "cross" else spread):
+                total[i, t] += signs[i] * w / K
     return total
 
 
@@ -1749,11 +1756,14 @@ def token_channel(partition, verdicts):
 
 
 @pytest.mark.parametrize("loss", ["grpo-fix", "dfpo-min"])
-def test_intra_taxes_shared_tokens_unless_verdicts_balance_and_verdict_never_does(loss):
+def test_intra_taxes_shared_tokens_unless_verdicts_balance_and_verdict_and_cross_never_do(loss):
     for verdicts in ([1, 1, 1, 1], [1, 1, 1, -1]):
         assert tax_on_shared_tokens(loss, token_channel("intra", verdicts)) > TAXED
-    assert tax_on_shared_tokens(loss, token_channel("verdict", [1, 1, 1, -1])) < CANCELS
-    assert not token_channel("verdict", [1, 1, 1, 1]).any()  # nothing to learn where all agree
+    for partition in ("verdict", "cross"):
+        assert tax_on_shared_tokens(loss, token_channel(partition, [1, 1, 1, -1])) < CANCELS
+    assert tax_on_shared_tokens(loss, token_channel("contested", [1, 1, 1, -1])) > TAXED  # half a remedy
+    for partition in ("verdict", "contested", "cross"):
+        assert not token_channel(partition, [1, 1, 1, 1]).any()  # nothing to learn where all agree
 
 
 def test_the_logged_residual_is_this_tax():
