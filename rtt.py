@@ -1741,15 +1741,22 @@ def finish(folder, argv):
 
 
 def outcome(folder):
-    """A finished run in numbers, accuracies in per cent, with its settings; "goal": when it reached GOAL."""
+    """A finished run in numbers, accuracies in per cent, with its settings and its accuracies [step, level].
+
+    "goal" is the step at which GOAL was reached, interpolated between evaluations; None if it never was.
+    """
     config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
-    curve = [(row["step"], row["eval_instruction"]) for row in rows if "eval_instruction" in row]
-    changes = [abs(b - a) for (_, a), (_, b) in zip(curve, curve[1:])]
+    curve = [(0, result["before"]["instruction"])]
+    curve += [(row["step"], row["eval_instruction"]) for row in rows if "eval_instruction" in row]
+    curve += [(len(rows), result["after"]["instruction"])]
+    pairs = list(itertools.pairwise(curve))
+    reached = [a + (b - a) * (GOAL - x) / (y - x) for (a, x), (b, y) in pairs if x < GOAL <= y]
+    goal = 0.0 if curve[0][1] >= GOAL else min(reached, default=None)
     found = {level: 100 * result["after"][level] for level in ("instruction", "rubric")}
-    found |= dict(entropy=fmean(row["entropy"] for row in rows[-10:]), jitter=100 * fmean(changes or [0.0]))
+    found["jitter"] = 100 * fmean(abs(y - x) for (_, x), (_, y) in pairs[1:] or pairs)  # not the first rise
+    found["entropy"] = fmean(row["entropy"] for row in rows[-10:])
     found |= {name: fmean(row[name] for row in rows) for name in ("residual", "seconds")}
-    goal = next((step for step, level in curve if level >= GOAL), None)
     here = Path(__file__).resolve().parent  # a result names no folder of the machine
     config |= dict(model=os.path.relpath(config["model"], here), data=os.path.relpath(config["data"], here))
     config |= dict(out=folder.name, resume="")
@@ -1784,6 +1791,7 @@ def compare(args, argv):
     results = [[outcome(place(name, seed)) for seed in range(args.seeds)] for name in names]
     lines = [json.dumps(result) + "\n" for runs in results for result in runs]
     write_whole(out / "results.jsonl", "".join(lines))
+    write_whole(out / "table.txt", comparison(names, results) + "\n")
     print(comparison(names, results))
 
 

@@ -2757,14 +2757,31 @@ def test_the_table_of_a_study_pairs_the_seeds():
     assert "+2.0 ± 0.0" in lines[2] and "never" in lines[2]  # the same gain with each seed: no spread
 
 
+def test_what_a_run_comes_to(tmp_path):
+    """The goal is interpolated where it was first reached; jitter leaves out the rise from the start."""
+    level = lambda value: dict(instruction=value, rubric=value)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model=str(HERE / "data/tiny"), data="data", out="x")))
+    (tmp_path / "result.json").write_text(json.dumps(dict(before=level(0.1), after=level(0.56))))
+    rows = [dict(step=i + 1, entropy=i, residual=0.5, seconds=2.0) for i in range(40)]
+    for step, value in ((10, 0.3), (20, 0.7), (30, 0.4)):
+        rows[step - 1]["eval_instruction"] = value
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = rtt.outcome(tmp_path)
+    assert close(found["goal"], 15.0) and close(found["jitter"], (40 + 30 + 16) / 3)
+    assert close(found["entropy"], 34.5) and close(found["instruction"], 56.0) and found["residual"] == 0.5
+    assert found["curve"] == [(0, 0.1), (10, 0.3), (20, 0.7), (30, 0.4), (40, 0.56)]
+    assert found["config"]["model"] == "data/tiny" and str(tmp_path) not in json.dumps(found)
+
+
 def test_a_comparison_keeps_what_is_finished_and_resumes_what_is_not(data, tmp_path, capsys, monkeypatch):
     flags = ["--compare", "alpha=0,alpha=0+reward=csr", "--seeds", "1", "--out", tmp_path, "--data", data]
     flags += [*SMALL, "--steps", "2", "--eval-every", "1", "--eval-prompts", "2", "--save-every", "1"]
     rtt.main([str(flag) for flag in flags])
     first, second = (tmp_path / f"{name}+seed=0" for name in ("alpha=0", "alpha=0+reward=csr"))
     lines = [json.loads(line) for line in open(tmp_path / "results.jsonl")]
-    assert [line["config"]["reward"] for line in lines] == ["aon", "csr"] and lines[0]["curve"][0][0] == 1
-    assert "alpha=0+reward=csr" in capsys.readouterr().out
+    assert [line["config"]["reward"] for line in lines] == ["aon", "csr"]
+    assert [step for step, _ in lines[0]["curve"]] == [0, 1, 2]
+    assert (tmp_path / "table.txt").read_text() in capsys.readouterr().out
     kept = (first / "result.json").stat().st_mtime_ns
     (second / "result.json").unlink()  # broken off at the very end
     rtt.main([str(flag) for flag in flags])
