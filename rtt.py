@@ -1741,26 +1741,33 @@ def finish(folder, argv):
 
 
 def outcome(folder):
-    """A finished run in numbers, accuracies in per cent, with its settings and its accuracies [step, level].
+    """A finished run in numbers, accuracies in per cent, with its settings.
 
-    "goal" is the step at which GOAL was reached, interpolated between evaluations; None if it never was.
+    "curve": [step, accuracy]; "goal": the step at which that reached GOAL, interpolated, None if it never did;
+    "between": [step, residual, entropy, truncated], means since the evaluation before.
     """
     config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
     curve = [(0, result["before"]["instruction"])]
     curve += [(row["step"], row["eval_instruction"]) for row in rows if "eval_instruction" in row]
     curve += [(len(rows), result["after"]["instruction"])]
-    pairs = list(itertools.pairwise(curve))
+    pairs, mean = list(itertools.pairwise(curve)), lambda part, name: fmean(row[name] for row in part)
     reached = [a + (b - a) * (GOAL - x) / (y - x) for (a, x), (b, y) in pairs if x < GOAL <= y]
-    goal = 0.0 if curve[0][1] >= GOAL else min(reached, default=None)
-    found = {level: 100 * result["after"][level] for level in ("instruction", "rubric")}
-    found["jitter"] = 100 * fmean(abs(y - x) for (_, x), (_, y) in pairs[1:] or pairs)  # not the first rise
-    found["entropy"] = fmean(row["entropy"] for row in rows[-10:])
-    found |= {name: fmean(row[name] for row in rows) for name in ("residual", "seconds")}
+    logged = ("residual", "entropy", "truncated")
     here = Path(__file__).resolve().parent  # a result names no folder of the machine
     config |= dict(model=os.path.relpath(config["model"], here), data=os.path.relpath(config["data"], here))
-    config |= dict(out=folder.name, resume="")
-    return found | dict(goal=goal, curve=curve, config=config)
+    return dict(
+        instruction=100 * result["after"]["instruction"],
+        rubric=100 * result["after"]["rubric"],
+        goal=0.0 if curve[0][1] >= GOAL else min(reached, default=None),
+        entropy=mean(rows[-10:], "entropy"),
+        residual=mean(rows, "residual"),
+        jitter=100 * fmean(abs(y - x) for (_, x), (_, y) in pairs[1:] or pairs),  # without the first rise
+        seconds=mean(rows, "seconds"),
+        curve=curve,
+        between=[[b, *(mean(rows[a:b], name) for name in logged)] for (a, _), (b, _) in pairs],
+        config=config | dict(out=folder.name, resume=""),
+    )
 
 
 def interval(values):

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -2762,13 +2763,14 @@ def test_what_a_run_comes_to(tmp_path):
     level = lambda value: dict(instruction=value, rubric=value)
     (tmp_path / "config.json").write_text(json.dumps(dict(model=str(HERE / "data/tiny"), data="data", out="x")))
     (tmp_path / "result.json").write_text(json.dumps(dict(before=level(0.1), after=level(0.56))))
-    rows = [dict(step=i + 1, entropy=i, residual=0.5, seconds=2.0) for i in range(40)]
+    rows = [dict(step=i + 1, entropy=i, residual=0.5, truncated=0.25, seconds=2.0) for i in range(40)]
     for step, value in ((10, 0.3), (20, 0.7), (30, 0.4)):
         rows[step - 1]["eval_instruction"] = value
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = rtt.outcome(tmp_path)
     assert close(found["goal"], 15.0) and close(found["jitter"], (40 + 30 + 16) / 3)
     assert close(found["entropy"], 34.5) and close(found["instruction"], 56.0) and found["residual"] == 0.5
+    assert found["between"] == [[10 * i, 0.5, 10 * i - 5.5, 0.25] for i in range(1, 5)]
     assert found["curve"] == [(0, 0.1), (10, 0.3), (20, 0.7), (30, 0.4), (40, 0.56)]
     assert found["config"]["model"] == "data/tiny" and str(tmp_path) not in json.dumps(found)
 
@@ -2797,3 +2799,18 @@ def test_only_prompts_with_so_many_rubrics_are_used(folder, data, tmp_path, caps
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["prompts"] == counts.count(counts[0])
     assert "--rubrics 9" in refused(capsys, *flags[:-1], tmp_path / "none", "--rubrics", 9)
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "data" / "results").iterdir()), ids=lambda path: path.stem)
+def test_the_readme_shows_the_table_of_the_committed_results(path):
+    runs = defaultdict(list)
+    for line in open(path):
+        result = json.loads(line)
+        runs[result["config"]["out"].partition("+seed=")[0]].append(result)
+    for name, results in runs.items():
+        assert [result["config"]["seed"] for result in results] == list(range(len(results)))
+        options = [option for option in name.split("+") if option != "base"]
+        wanted = vars(rtt.parse_args([f"--{option}" for option in options]))
+        for key in (option.partition("=")[0] for option in options):
+            assert all(result["config"][key] == wanted[key] for result in results), name
+    assert rtt.comparison(list(runs), list(runs.values())) in (HERE / "README.md").read_text()
