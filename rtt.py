@@ -1804,10 +1804,10 @@ def compare(args, argv):
 
 def comparison(names, results):
     """The table of a study: results [configurations][seeds] -> text. Differences are paired by seed."""
-    row, rest = "{:<28}" + "{:>15}" * 4 + "{:>10}" * 4, ("entropy", "residual", "jitter", "seconds")
-    lines = [
-        row.format("configuration", "instruction %", "to the first", "rubric %", f"step of {GOAL:.0%}", *rest)
-    ]
+    width, rest = max(map(len, ["configuration", *names])), ("entropy", "residual", "jitter", "seconds")
+    row = f"{{:<{width}}}" + "{:>15}" * 4 + "{:>10}" * 4
+    titles = "instruction %", "to the first", "rubric %", f"step of {GOAL:.0%}", *rest
+    lines = [row.format("configuration", *titles)]
     for name, runs in zip(names, results):
         level = lambda key: "{:.1f} ± {:.1f}".format(*interval([run[key] for run in runs]))
         gains = [run["instruction"] - first["instruction"] for run, first in zip(runs, results[0])]
