@@ -1717,11 +1717,24 @@ def open_run(out):
 # resumed.
 # ==================================================================================================
 
-STUDIES = {  # RTT's main claim; its group partitioning problem; TGC; is it the token credit that helps?
-    "rtt": "alpha=0,alpha=0+reward=csr,base,reward=csr",
-    "partition": "base,partition=inter,partition=rubric,partition=verdict,alpha=0,alpha=0.25,alpha=1",
-    "exchange": ",".join(f"updates=4+loss={loss}{rest}" for rest in ("+alpha=0", "") for loss in LOSSES),
-    "relevance": "base,relevance=evidence,relevance=uniform,relevance=shuffled",
+
+def grid(*axes):
+    """All combinations of one option from each axis: grid(["a=0", "a=1"], ["", "b=2"]) -> a=0, a=0+b=2, ..."""
+    return ["+".join(filter(None, options)) for options in itertools.product(*axes)]
+
+
+METHODS = ["alpha=0", "partition=intra", "partition=cross"]  # plain GRPO comes first: differences are to it
+STUDIES = {
+    # RTT's main claim, then its group partitioning problem
+    "rtt": grid(METHODS[:2], ["", "reward=csr"]),
+    "partition": ["alpha=0", *grid(["partition=intra"], ["", "alpha=0.25", "alpha=1"])]
+    + [f"partition={partition}" for partition in PARTITIONS[1:]],
+    # TGC: from the second of four updates on, the policy is not the sampler's any more
+    "exchange": grid(["alpha=0", "partition=cross"], [f"loss={loss}+updates=4" for loss in LOSSES]),
+    # Is it the token credit that helps? With uniform relevance, intra and cross come to alpha=0
+    "relevance": ["alpha=0"]
+    + grid(METHODS[1:], [f"relevance={kind}" for kind in ("evidence", "discriminator", "shuffled")]),
+    "lr": grid(METHODS, ["lr=1e-4", "lr=3e-4", "lr=1e-3"]),
 }
 GOAL = 0.5  # the held-out instruction-level accuracy whose first step the table names
 
@@ -1782,7 +1795,7 @@ def compare(args, argv):
     for flag in ("--compare", "--seeds", "--seed", "--out"):
         own.add_argument(flag)
     common, out = own.parse_known_args(argv)[1], Path(args.out or "runs/compare")
-    names, jobs = STUDIES.get(args.compare, args.compare).split(","), {}
+    names, jobs = STUDIES.get(args.compare) or args.compare.split(","), {}
     place = lambda name, seed: out / f"{name}+seed={seed}"
     for seed, name in itertools.product(range(args.seeds), names):
         options = [f"--{option}" for option in name.split("+") if option != "base"]

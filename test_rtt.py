@@ -1345,6 +1345,12 @@ def test_verdict_partition_gives_nothing_where_irrelevant_or_where_the_group_agr
     assert (advantage[:, [0, 2]] == 0).all() and close(advantage[:, 1], torch.tensor([0.5, -0.5]) / 1.1)
 
 
+@pytest.mark.parametrize("partition", ["intra", "contested", "cross"])
+def test_uniform_relevance_comes_to_plain_grpo(partition):
+    verdicts, relevance, mask, _ = random_group()
+    assert close(rtt.token_advantage(verdicts, torch.ones_like(relevance), mask, partition), torch.zeros(4, 6))
+
+
 @pytest.mark.parametrize("how, share", [("add", 1.0), ("mix", 0.75)])
 def test_combine_advantages(how, share):
     response, token = torch.tensor([2.0, -1.0]), torch.tensor([[1.0, -1.0], [0.0, 9.0]])
@@ -2746,6 +2752,13 @@ def test_shuffled_relevance_is_the_same_credit_on_other_tokens_of_the_same_respo
         assert moved[i, k].sort().values.equal(relevance[i, k].sort().values)
         assert not (moved[i, k] * (1 - mask[i])).any()
     assert not moved[0].equal(relevance[0]) and moved[2].equal(relevance[2])
+
+
+@pytest.mark.parametrize("study", rtt.STUDIES)
+def test_a_study_is_a_list_of_different_configurations_that_can_be_run(study):
+    names = rtt.STUDIES[study]
+    options = [[f"--{option}" for option in name.split("+")] for name in names]
+    assert len({str(vars(rtt.parse_args(flags))) for flags in options}) == len(names)
 
 
 def test_the_table_of_a_study_pairs_the_seeds():
