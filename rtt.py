@@ -1824,7 +1824,7 @@ def comparison(names, results):
     for name, runs in zip(names, results):
         level = lambda key: "{:.1f} ± {:.1f}".format(*interval([run[key] for run in runs]))
         gains = [run["instruction"] - first["instruction"] for run, first in zip(runs, results[0])]
-        steps = [run["goal"] for run in runs if run["goal"]]
+        steps = [run["goal"] for run in runs if run["goal"] is not None]
         goal = f"{fmean(steps):.0f} ({len(steps)}/{len(runs)})" if steps else "never"
         columns = level("instruction"), "{:+.1f} ± {:.1f}".format(*interval(gains)), level("rubric"), goal
         lines.append(row.format(name, *columns, *(f"{fmean(run[key] for run in runs):.2f}" for key in rest)))

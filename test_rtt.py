@@ -2765,9 +2765,9 @@ def test_the_table_of_a_study_pairs_the_seeds():
     run = lambda level, goal: dict(
         instruction=level, rubric=90.0, goal=goal, entropy=0.5, residual=0.1, jitter=2.0, seconds=1.0
     )
-    first, second = [run(50.0, 25), run(60.0, None)], [run(52.0, None), run(62.0, None)]
+    first, second = [run(50.0, 0.0), run(60.0, None)], [run(52.0, None), run(62.0, None)]
     lines = rtt.comparison(["base", "alpha=0"], [first, second]).splitlines()
-    assert "55.0 ± 63.5" in lines[1] and "+0.0 ± 0.0" in lines[1] and "25 (1/2)" in lines[1]
+    assert "55.0 ± 63.5" in lines[1] and "+0.0 ± 0.0" in lines[1] and "0 (1/2)" in lines[1]
     assert "+2.0 ± 0.0" in lines[2] and "never" in lines[2]  # the same gain with each seed: no spread
 
 
