@@ -973,14 +973,15 @@ class RelevanceDiscriminator:
             yield i, k, T, self.logits([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask[i, :T])
 
     @torch.no_grad()
-    def predict(self, criteria, ids, mask, batch=64):
+    def predict(self, criteria, ids, mask, pairs=None, batch=64):
         """criteria: at most K texts for each response; ids, mask [N, T] -> relevance [N, K, T] in [0, 1].
 
-        0 at padding and for rubrics that a prompt does not have.
+        0 at padding and for rubrics that a prompt does not have, or which are not among pairs (default: all).
         """
         self.model.eval()
         relevance = torch.zeros(len(ids), max(map(len, criteria)), ids.shape[1], device=ids.device)
-        for i, k, T, logits in self.batches(all_pairs(criteria), criteria, ids, mask, batch):
+        pairs = all_pairs(criteria) if pairs is None else pairs
+        for i, k, T, logits in self.batches(pairs, criteria, ids, mask, batch):
             relevance[i, k, :T] = logits.sigmoid() * mask[i, :T]
         return relevance
 
@@ -1028,6 +1029,13 @@ def f1_and_auroc(relevance, evidence):
 # ==================================================================================================
 
 PARTITIONS = ("intra", "inter", "rubric", "verdict", "contested", "cross")
+CONTESTED_ONLY = ("verdict", "contested", "cross")  # a rubric on which the group agrees gets nothing
+
+
+def contested(verdicts, group_size):
+    """verdicts [N, K], but 0 for rubrics on which a response's whole group agrees: [N, K]."""
+    grouped = verdicts.view(-1, group_size, verdicts.shape[1])  # [P, G, K]
+    return (grouped * (grouped != grouped[:, :1]).any(1, keepdim=True)).view_as(verdicts)
 
 
 def response_advantage(rewards, eps=1e-6):
@@ -1479,8 +1487,10 @@ def train_step(models, tasks, seeds, args):
             relevance = shuffled(relevance, rollout.mask)
         if discriminator:
             criteria = criteria_of(tasks, verdicts)
-            relevance = discriminator.predict(criteria, rollout.ids, rollout.mask)
-            scored = scored_tokens(relevance, evidence, verdicts, rollout.mask)
+            # what gets nothing need not be known
+            asked = contested(verdicts, G) if args.partition in CONTESTED_ONLY else verdicts
+            relevance = discriminator.predict(criteria, rollout.ids, rollout.mask, asked.nonzero().tolist())
+            scored = scored_tokens(relevance, evidence, asked, rollout.mask)
             row["f1"], row["auroc"] = f1_and_auroc(*scored)
             discriminator.fit(criteria, rollout.ids, rollout.mask, evidence)
     with timed(seconds, "update"):

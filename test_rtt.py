@@ -1069,6 +1069,9 @@ def test_relevance_is_a_probability_and_0_at_padding_and_for_absent_rubrics(disc
 def test_relevance_does_not_depend_on_the_batch(discriminator):
     ids, mask = responses()
     together = discriminator.predict(CRITERIA, ids, mask)
+    some = discriminator.predict(CRITERIA, ids, mask, pairs=[(0, 0)])
+    assert close(some[0, 0], together[0, 0]) and not some[1:].any() and not some[0, 1:].any()
+    assert not discriminator.predict(CRITERIA, ids, mask, pairs=[]).any()
     assert close(discriminator.predict(CRITERIA, ids, mask, batch=2), together)
     assert close(discriminator.predict(CRITERIA[::-1], ids.flip(0), mask.flip(0)).flip(0), together)
     garbage = torch.where(mask > 0, ids, 5)
@@ -1343,6 +1346,19 @@ def test_verdict_partition_gives_nothing_where_irrelevant_or_where_the_group_agr
     relevance = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]).expand(2, 2, 3)
     advantage = rtt.token_advantage(verdicts, relevance, torch.ones(2, 3), "verdict")
     assert (advantage[:, [0, 2]] == 0).all() and close(advantage[:, 1], torch.tensor([0.5, -0.5]) / 1.1)
+
+
+@pytest.mark.parametrize("partition", rtt.PARTITIONS)
+def test_only_these_partitions_do_without_the_relevance_of_rubrics_on_which_the_group_agrees(partition):
+    verdicts = torch.tensor([[1, -1, 1, 0], [1, -1, -1, 0], [1, -1, 1, 0], [1, -1, 1, 0]])
+    others = torch.tensor([[1, 1, -1, -1], [-1, 1, -1, 1]]).repeat(2, 1)  # of another group
+    asked = rtt.contested(torch.cat([verdicts, others]), 4)
+    assert asked[:4].tolist() == [[0, 0, s, 0] for s in (1, -1, 1, 1)]
+    assert asked[4:].tolist() == [[1, 0, 0, -1], [-1, 0, 0, 1]] * 2
+    _, relevance, mask, _ = random_group(K=4)
+    advantage = rtt.token_advantage(verdicts, relevance, mask, partition)
+    partly = rtt.token_advantage(verdicts, relevance * (asked[:4] != 0)[..., None], mask, partition)
+    assert torch.allclose(advantage, partly) == (partition in rtt.CONTESTED_ONLY)
 
 
 @pytest.mark.parametrize("partition", ["intra", "contested", "cross"])
