@@ -1471,7 +1471,10 @@ def peak_memory_mb():
 
 
 def train_step(models, tasks, seeds, args):
-    """The pipeline of the opening picture, once. Returns a row of metrics, and what show_credit needs."""
+    """The pipeline of the opening picture, once. Returns a row of metrics, and what show_credit needs.
+
+    f1 and auroc in the row are those of the relevance that was asked for.
+    """
     (policy, optimizer, discriminator, judge, reference), G = models, args.group_size
     seconds = defaultdict(float)
     with timed(seconds, "rollout"):
