@@ -52,7 +52,7 @@ What is simplified, and where this differs from the papers:
     evidence: for criteria in words the discriminator relies on what it learned from the others.
   - `token_advantage` divides by std + 0.1, not by std (see there why). Its partitions "verdict",
     "contested" and "cross" are additions: what TGC's cancellation condition asks of RTT's token channel.
-    "verdict" is the default: in long runs RTT's own "intra" did worse here (README, Comparing).
+    "verdict" is the default, because it cancels; in long runs it was not below RTT's "intra" (README).
   - IFEval asks a language detector, reads keywords as regular expressions, and splits sentences and
     words with NLTK. Here: the script of the letters (and the judge, where languages share it), literal
     text, and two rules (SENTENCE_END, WORD). A letter may be a sign such as #, where IFEval draws another.
@@ -1070,7 +1070,8 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
                   relevance gets exactly 0, and a rubric on which the group agrees gives nothing;
       "contested":  as "intra", but rubrics on which the group agrees are left out;
       "cross":    verdicts over the responses, relevance over the tokens of all responses, for each rubric,
-                  and the product of both: the contrast of "intra", and it cancels where "verdict" does.
+                  and the product of both: the contrast of "intra", and what all responses share with equal
+                  relevance cancels, as in "verdict".
 
     One rubric, satisfied by the first response for its third token, violated by the second for its second
     (verdicts [[1], [-1]], relevance [[[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps near 0):
@@ -1686,7 +1687,8 @@ def trained(models):
 def save_checkpoint(out, models, done, before):
     """Everything that the rest of a run depends on, in one file; the last two are kept.
 
-    Random numbers come from seeds in the stream of tasks, but for the pairs that the discriminator draws.
+    Random numbers come from seeds in the stream of tasks, but for the pairs that the discriminator draws
+    and for `shuffled`.
     """
     state = {name: part.state_dict() for name, part in trained(models).items()}
     state |= dict(done=done, before=before, random=gather(torch.get_rng_state()))
@@ -1699,6 +1701,8 @@ def load_checkpoint(out, models):
     """Put everything back as it was at the newest checkpoint, if any. Returns done and before, for train."""
     newest = max(out.glob("checkpoint-*.pt"), default=None)
     if newest is None:
+        if (out / "result.json").is_file():
+            raise BadInput(f"--resume {out}: is finished, and its checkpoints are gone; begin a new run")
         return 0, None
     try:
         state = torch.load(newest, map_location="cpu", weights_only=True)
@@ -1733,7 +1737,7 @@ def open_run(out):
 
 
 def grid(*axes):
-    """All combinations of one option from each axis: grid(["a=0", "a=1"], ["", "b=2"]) -> a=0, a=0+b=2, ..."""
+    """All combinations of an option from each axis: grid(["a=0", "a=1"], ["", "b=2"]) -> a=0, a=0+b=2, ..."""
     return ["+".join(filter(None, options)) for options in itertools.product(*axes)]
 
 
@@ -1757,13 +1761,16 @@ GOAL = 0.5  # the held-out instruction-level accuracy whose first step the table
 def finish(folder, argv):
     """Run a configuration, or what is left of it, in a process of its own. Raises BadInput if it fails."""
     if not (folder / "result.json").is_file():
-        rest = ["--resume", folder] if (folder / "config.json").is_file() else argv
+        command = [
+            sys.executable,
+            __file__,
+            *(["--resume", folder] if (folder / "config.json").is_file() else argv),
+        ]
         one_thread = dict(os.environ, OMP_NUM_THREADS="1")
-        ended = subprocess.run(
-            [sys.executable, __file__, *rest], env=one_thread, capture_output=True, text=True
-        )
+        ended = subprocess.run(command, env=one_thread, capture_output=True, text=True)
         if ended.returncode:
-            raise BadInput(f"{folder}: {(ended.stderr.strip() or 'failed').splitlines()[-1]}")
+            reason = (ended.stderr.strip() or "failed").splitlines()[-1].removeprefix("rtt.py: ")
+            raise BadInput(f"{folder}: {reason} (exit status {ended.returncode})")
     for state in folder.glob("checkpoint-*"):  # only the numbers are wanted
         state.unlink()
 
@@ -1771,7 +1778,7 @@ def finish(folder, argv):
 def outcome(folder):
     """A finished run in numbers, accuracies in per cent, with its settings.
 
-    "curve": [step, accuracy]; "goal": the step at which that reached GOAL, interpolated, None if it never did;
+    "curve": [step, accuracy]; "goal": the step at which that reached GOAL, interpolated, None if it did not;
     "between": [step, residual, entropy, truncated], means since the evaluation before.
     """
     config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
@@ -1782,8 +1789,10 @@ def outcome(folder):
     pairs, mean = list(itertools.pairwise(curve)), lambda part, name: fmean(row[name] for row in part)
     reached = [a + (b - a) * (GOAL - x) / (y - x) for (a, x), (b, y) in pairs if x < GOAL <= y]
     logged = ("residual", "entropy", "truncated")
-    here = Path(__file__).resolve().parent  # a result names no folder of the machine
-    config |= dict(model=os.path.relpath(config["model"], here), data=os.path.relpath(config["data"], here))
+    here = f"{Path(__file__).resolve().parent}/"  # a result does not say where this file lies
+    config = {
+        key: value.removeprefix(here) if isinstance(value, str) else value for key, value in config.items()
+    }
     return dict(
         instruction=100 * result["after"]["instruction"],
         rubric=100 * result["after"]["rubric"],
@@ -1804,27 +1813,50 @@ def interval(values):
     return fmean(values), t * (stdev(values) if len(values) > 1 else 0.0) / math.sqrt(len(values))
 
 
-def compare(args, argv):
-    """Run every configuration of `--compare` with every seed, as many at a time as there are cores."""
+def planned(args, argv):
+    """What `--compare` names: configurations, and the command line of every run, {folder: argv}.
+
+    Raises BadInput for what cannot be run, or if a folder holds a run with other settings.
+    """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--compare", "--seeds", "--seed", "--out"):
         own.add_argument(flag)
     common, out = own.parse_known_args(argv)[1], Path(args.out or "runs/compare")
-    names, jobs = STUDIES.get(args.compare) or args.compare.split(","), {}
-    place = lambda name, seed: out / f"{name}+seed={seed}"
+    names, jobs, data = STUDIES.get(args.compare) or args.compare.split(","), {}, set()
     for seed, name in itertools.product(range(args.seeds), names):
-        options = [f"--{option}" for option in name.split("+") if option != "base"]
-        folder = place(name, seed)
-        jobs[folder] = [*common, "--show-every=0", *options, f"--seed={seed}", f"--out={folder}"]
+        options = [option for option in name.split("+") if option != "base"]
+        kept = {"", "compare", "seeds", "seed", "out", "resume", "eval-only", "help"}
+        if names.count(name) > 1 or kept & {option.partition("=")[0] for option in options}:
+            reason = "is empty, named twice, or sets what a comparison sets itself"
+            raise BadInput(f"--compare: {name!r} {reason}; a study is one of {', '.join(STUDIES)}")
+        folder = out / f"{name}+seed={seed}"
+        flags = [f"--{option}" for option in options] + [f"--seed={seed}", f"--out={folder}"]
+        jobs[folder] = [*common, "--show-every=0", *flags]
         wanted, config = vars(parse_args(jobs[folder])), folder / "config.json"
+        data.add((wanted["data"], wanted["rubrics"]))
         if config.is_file() and json.loads(config.read_text()) | dict(out=str(folder), resume="") != wanted:
             raise BadInput(f"{folder}: holds a run with other settings; name another --out")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    for path, rubrics in data:
+        load_both(path, rubrics, False)
+    return names, jobs
+
+
+def compare(args, argv):
+    """Run every configuration of `--compare` with every seed, as many at a time as there are cores."""
+    for config in Path(args.out or "runs/compare").glob("*/config.json"):
+        if not config.stat().st_size:  # this run was broken off before it began
+            config.unlink()
+    names, jobs = planned(args, argv)
+    with ThreadPoolExecutor(os.cpu_count() if args.device == "cpu" else 1) as pool:
         runs = [pool.submit(finish, *job) for job in jobs.items()]
-        for done in progress(as_completed(runs), "runs", total=len(runs)):
-            done.result()
-    results = [[outcome(place(name, seed)) for seed in range(args.seeds)] for name in names]
-    lines = [json.dumps(result) + "\n" for runs in results for result in runs]
+        try:
+            for done in progress(as_completed(runs), "runs", total=len(runs)):
+                done.result()
+        finally:  # after Ctrl-C, or once one has failed, what waits is not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+    found = [outcome(folder) for folder in jobs]  # seeds, and for each all configurations
+    results = [found[start :: len(names)] for start in range(len(names))]
+    out, lines = next(iter(jobs)).parent, [json.dumps(run) + "\n" for runs in results for run in runs]
     write_whole(out / "results.jsonl", "".join(lines))
     write_whole(out / "table.txt", comparison(names, results) + "\n")
     print(comparison(names, results))
@@ -1958,7 +1990,7 @@ def run(args):
         done, before = load_checkpoint(out, models)
         if done > args.steps:
             raise BadInput(f"--steps {args.steps}: {done} are done already")
-    except BadInput:
+    except BaseException:  # Ctrl-C, too: nothing has begun
         if new:
             (out / "config.json").unlink()
             out.rmdir()
@@ -2143,6 +2175,8 @@ def checked(args):
     """The arguments with "auto" and short names filled in. Raises BadInput for what is not possible."""
     if not (args.model and args.data):
         raise BadInput("--model and --data: must not be empty")
+    if args.compare and (WORLD > 1 or args.eval_only or args.resume):
+        raise BadInput("--compare: starts whole runs itself; not with torchrun, --eval-only or --resume")
     if args.group_size < 2:
         raise BadInput("--group-size 1: a group needs at least 2 responses, or there is nothing to compare")
     if args.combine == "mix" and args.alpha > 1:
@@ -2185,7 +2219,8 @@ def main(argv=None):
         if WORLD > 1:
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        print("rtt.py: interrupted; what was written before is whole: --resume goes on", file=sys.stderr)
+        goes_on = "--resume, or the same --compare, goes on"
+        print(f"rtt.py: interrupted; what was written before is whole: {goes_on}", file=sys.stderr)
         sys.exit(130)
     except BadInput as error:
         print(f"rtt.py: {error}", file=sys.stderr)

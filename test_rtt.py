@@ -2817,8 +2817,62 @@ def test_a_comparison_keeps_what_is_finished_and_resumes_what_is_not(data, tmp_p
     (second / "result.json").unlink()  # broken off at the very end
     rtt.main([str(flag) for flag in flags])
     assert (first / "result.json").stat().st_mtime_ns == kept and (second / "result.json").is_file()
+    assert not list(tmp_path.glob("*/checkpoint-*"))
     assert "other settings" in refused(capsys, *flags, "--lr", "0.1")
-    assert "--loss" in refused(capsys, *flags[:1], "loss=none", *flags[2:])
+    metrics = (first / "metrics.jsonl").read_text()
+    assert "is finished" in refused(capsys, "--resume", first, "--steps", "3")  # its checkpoints are gone
+    assert (first / "metrics.jsonl").read_text() == metrics
+
+
+@pytest.mark.parametrize(
+    "spec, flags, message",
+    [
+        ("loss=none", [], "--loss"),
+        ("rttt", [], "--rttt"),
+        ("base,", [], "'' is empty"),
+        ("base,base", [], "named twice"),
+        ("base,seed=7", [], "'seed=7'"),
+        ("alpha=0+eval-only", [], "'alpha=0+eval-only'"),
+        ("base", ["--eval-only"], "--eval-only"),
+        ("base", ["--data", "nowhere"], "nowhere"),
+        ("base", ["--rubrics", "9"], "--rubrics 9"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_run(spec, flags, message, tmp_path, capsys):
+    out = tmp_path / "runs"
+    assert message in refused(capsys, "--compare", spec, "--out", out, *flags)
+    assert not out.exists()
+
+
+def test_a_run_that_fails_ends_a_comparison_which_goes_on_later(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    names = ["alpha=0", "alpha=0+reward=csr", "alpha=0+lr=1e-5"]
+    flags = ["--compare", ",".join(names), "--seeds", "1", "--out", tmp_path, "--data", data]
+    flags += [*SMALL, "--steps", "1", "--eval-every", "0"]
+    first, _, third = (tmp_path / f"{name}+seed=0" for name in names)
+    first.mkdir()
+    (first / "stray").touch()
+    said = refused(capsys, *flags)
+    assert f"{first}: --out" in said and "exit status 2" in said and not third.exists()
+    (first / "stray").rename(first / "config.json")  # as Ctrl-C or a kill may leave it: nothing has begun
+    rtt.main([str(flag) for flag in flags])
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("partition, only_contested", [("intra", False), ("verdict", True)])
+def test_relevance_is_predicted_where_it_counts(folder, data, tmp_path, monkeypatch, partition, only_contested):
+    pairs, verdicts, predict, grade = [], [], rtt.RelevanceDiscriminator.predict, rtt.grade
+    spy = lambda self, *args: pairs.append(args[3:]) or predict(self, *args)
+    monkeypatch.setattr(rtt.RelevanceDiscriminator, "predict", spy)
+    monkeypatch.setattr(rtt, "grade", lambda *args: verdicts.append(grade(*args)) or verdicts[-1])
+    train(folder, data, tmp_path / "run", "--partition", partition, "--eval-every", "0")
+    asked = [set(map(tuple, chosen[0])) for chosen in pairs if chosen]
+    graded = [v for _, v, _ in verdicts if len(v) == 8]  # warm-up, then the two steps
+    assert len(asked) == 2
+    for found, v in zip(asked, graded[-2:]):
+        groups, everything = v.view(2, 4, -1), set(map(tuple, v.nonzero().tolist()))
+        mixed = {(i, k) for i, k in everything if len(groups[i // 4, :, k].unique()) > 1}
+        assert found == (mixed if only_contested else everything)
 
 
 def test_only_prompts_with_so_many_rubrics_are_used(folder, data, tmp_path, capsys):
