@@ -2756,6 +2756,10 @@ def test_an_out_that_cannot_be_written_is_refused(data, capsys, tmp_path, monkey
 def test_an_interval_is_that_of_students_t():
     mean, half = rtt.interval([1.0, 2.0, 3.0, 4.0, 6.0])
     assert close(mean, 3.2) and close(half, 2.776 * math.sqrt(3.7) / math.sqrt(5), 5e-3)
+    student = {2: 12.706, 3: 4.303, 4: 3.182, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # quantiles
+    for n, t in student.items():
+        values = [i % 3 for i in range(n)]
+        assert close(rtt.interval(values)[1], t * torch.tensor(values).float().std() / math.sqrt(n), 5e-3)
     assert math.isnan(rtt.interval([1.0])[1]) and rtt.interval([2.0, 2.0]) == (2.0, 0.0)
 
 
@@ -2768,6 +2772,12 @@ def test_shuffled_relevance_is_the_same_credit_on_other_tokens_of_the_same_respo
         assert moved[i, k].sort().values.equal(relevance[i, k].sort().values)
         assert not (moved[i, k] * (1 - mask[i])).any()
     assert not moved[0].equal(relevance[0]) and moved[2].equal(relevance[2])
+
+
+def test_the_first_configuration_of_a_study_is_plain_grpo_and_the_default_is_verdict():
+    assert rtt.grid(["a=0", "a=1"], ["", "b=2"]) == ["a=0", "a=0+b=2", "a=1", "a=1+b=2"]
+    assert all(names[0].startswith("alpha=0") for names in rtt.STUDIES.values())
+    assert rtt.parse_args([]).partition == "verdict" and rtt.parse_args([]).alpha == 0.5
 
 
 @pytest.mark.parametrize("study", rtt.STUDIES)
