@@ -1333,6 +1333,20 @@ def test_release_trap_float_relevance_in_an_integer_tensor_is_cut_to_0(partition
     assert torch.equal(advantage, rtt.token_advantage(verdicts.float(), relevance, mask.float(), partition))
 
 
+def test_an_unknown_partition_is_refused():
+    verdicts, relevance, mask, _ = random_group()
+    with pytest.raises(ValueError, match="partition must be one of intra, .*, cross, not 'group'"):
+        rtt.token_advantage(verdicts, relevance, mask, "group")
+
+
+def test_masked_normalize_against_a_list():
+    x, mask = torch.tensor([[3.0, 5.0, 99.0], [1.0, 7.0, 4.0]]), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    assert close(rtt.masked_normalize(x, mask, 1, 0.1)[0, :2], normalize([3.0, 5.0], 0.1))
+    assert close(rtt.masked_normalize(x, mask, 1, 0.1)[1], normalize([1.0, 7.0, 4.0], 0.1))
+    every = rtt.masked_normalize(x, mask, (0, 1), 0.1)
+    assert close(every[mask > 0], normalize([3.0, 5.0, 1.0, 7.0, 4.0], 0.1)) and every[0, 2] == 0
+
+
 def test_the_noise_of_a_relevance_that_sees_nothing_is_not_blown_up_to_unit_size():
     noise = 0.01 + 0.01 * torch.randn(4, 3, 40, generator=torch.Generator().manual_seed(0))
     verdicts, mask = random_group(T=40)[0], torch.ones(4, 40)
@@ -1789,6 +1803,13 @@ def test_intra_taxes_shared_tokens_unless_verdicts_balance_and_verdict_and_cross
     assert tax_on_shared_tokens(loss, token_channel("contested", [1, 1, 1, -1])) > TAXED  # half a remedy
     for partition in ("verdict", "contested", "cross"):
         assert not token_channel(partition, [1, 1, 1, 1]).any()  # nothing to learn where all agree
+
+
+def test_mean_residual_is_over_the_groups_that_push():
+    ids, coef = torch.tensor([[5, 6], [5, 6]] * 3), torch.zeros(6, 2)
+    coef[:4] = torch.tensor([[1.0, 1], [-1, -1], [1, 1], [1, 1]])  # cancels; does not at all; the third is idle
+    rollout = SimpleNamespace(ids=ids, mask=torch.ones_like(ids))
+    assert rtt.mean_residual(coef, rollout, 2) == 0.5 and rtt.mean_residual(coef * 0, rollout, 2) == 0.0
 
 
 def test_the_logged_residual_is_this_tax():
@@ -2871,16 +2892,34 @@ def test_a_run_that_fails_ends_a_comparison_which_goes_on_later(data, tmp_path, 
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("kind", ["evidence", "shuffled", "uniform"])
+def test_the_relevance_that_was_asked_for_reaches_the_advantages(folder, data, tmp_path, monkeypatch, kind):
+    used, found, graded, grade, advantages = [], [], [], rtt.grade, rtt.group_advantages
+    monkeypatch.setattr(rtt, "shuffled", lambda relevance, mask: found.append(relevance) or relevance * 0.5)
+    monkeypatch.setattr(rtt, "grade", lambda *args: graded.append(grade(*args)) or graded[-1])
+    monkeypatch.setattr(rtt, "group_advantages", lambda *args: used.append(args[2]) or advantages(*args))
+    train(folder, data, tmp_path / "run", "--relevance", kind, "--eval-every", "0")
+    evidence = [e for _, _, e in graded if len(e) == 8]
+    assert len(used) == len(evidence) == 2
+    for relevance, e in zip(used, evidence):
+        expected = dict(evidence=e, shuffled=e * 0.5, uniform=torch.ones_like(e))[kind]
+        assert relevance.equal(expected) and len(found) == (2 if kind == "shuffled" else 0)
+
+
 @pytest.mark.parametrize("partition, only_contested", [("intra", False), ("verdict", True)])
 def test_relevance_is_predicted_where_it_counts(folder, data, tmp_path, monkeypatch, partition, only_contested):
     pairs, verdicts, predict, grade = [], [], rtt.RelevanceDiscriminator.predict, rtt.grade
     spy = lambda self, *args: pairs.append(args[3:]) or predict(self, *args)
+    scored, score = [], rtt.scored_tokens
+    monkeypatch.setattr(rtt, "scored_tokens", lambda *args: scored.append(args[2]) or score(*args))
     monkeypatch.setattr(rtt.RelevanceDiscriminator, "predict", spy)
     monkeypatch.setattr(rtt, "grade", lambda *args: verdicts.append(grade(*args)) or verdicts[-1])
     train(folder, data, tmp_path / "run", "--partition", partition, "--eval-every", "0")
     asked = [set(map(tuple, chosen[0])) for chosen in pairs if chosen]
     graded = [v for _, v, _ in verdicts if len(v) == 8]  # warm-up, then the two steps
     assert len(asked) == 2
+    for found, counted in zip(asked, scored):  # f1 is of what was predicted
+        assert found == set(map(tuple, counted.nonzero().tolist()))
     for found, v in zip(asked, graded[-2:]):
         groups, everything = v.view(2, 4, -1), set(map(tuple, v.nonzero().tolist()))
         mixed = {(i, k) for i, k in everything if len(groups[i // 4, :, k].unique()) > 1}
