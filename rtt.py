@@ -1177,7 +1177,7 @@ def cancellation_residual(coef, ids, mask):
 
 
 # ==================================================================================================
-# 7. The update: one loss function, five methods
+# 7. The update: one loss function, six methods
 #
 # In: log-probabilities with gradient, those of the sampler, advantages, all [N, T].  Out: a scalar, and the
 # effective coefficients c of section 6.  Each method is a choice of the weight that stands beside the
@@ -1185,8 +1185,8 @@ def cancellation_residual(coef, ids, mask):
 # ==================================================================================================
 
 # Clip ranges below and above 1. GSPO clips a mean over tokens, which moves far less than one token's ratio.
-CLIP = {"grpo": (0.2, 0.2), "grpo-fix": (0.2, 0.2), "gspo": (3e-4, 4e-4), "dfpo-min": None, "dfpo-orth": None}
-LOSSES = tuple(CLIP)
+CLIP = {"grpo": (0.2, 0.2), "grpo-fix": (0.2, 0.2), "grpo-mask": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
+LOSSES = ("grpo", "grpo-fix", "gspo", "dfpo-min", "dfpo-orth", "grpo-mask")  # the dfpo losses do not clip
 
 
 def clipped_objective(ratio, advantages, low, high):
@@ -1219,6 +1219,8 @@ def policy_loss(
       "dfpo-min", "dfpo-orth":  stop-gradient of the responses' ratios after min_replace or
                     adv_orthogonal (TGC's DFPO). dfpo-orth goes by each response's mean advantage, so it
                     cancels where the advantage is the same for all tokens of a response (--alpha 0).
+      "grpo-mask":  stop-gradient of the per-token ratio, 0 outside the clip range whatever the advantage's
+                    sign. Our addition: it cancels as "grpo-fix" does, and stops pushing as "grpo" does.
     For every one, d loss / d logprobs = -coef / denominator: coef is the whole difference between them.
     clip: (low, high), by default CLIP's; the dfpo losses have none. denominator: that of the whole update, of
     which this may be a part. N must be a multiple of group_size.
@@ -1227,14 +1229,14 @@ def policy_loss(
     """
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
-    clip = clip or CLIP[loss]
+    clip = clip or CLIP.get(loss)
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
     logprobs, old_logprobs, advantages = (
         x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs, advantages)
     )  # whatever stands at padding, even -inf or NaN, is ignored
     log_ratio = logprobs - old_logprobs  # [N, T]
     ratio, scale = log_ratio.exp(), 1 / lengths if loss == "gspo" else 1.0
-    if loss not in ("grpo", "grpo-fix"):
+    if not loss.startswith("grpo"):
         sequence_ratio = (log_ratio.detach().sum(1, keepdim=True) / lengths).exp()  # [N, 1]
         ratio = sequence_ratio * (logprobs - logprobs.detach()).exp()  # the second factor is 1
     if loss in ("grpo", "gspo"):
@@ -1242,7 +1244,7 @@ def policy_loss(
     else:
         weight = stop_gradient_weight(ratio.detach(), advantages, mask, group_size, loss, clip)
         objective = weight * advantages * logprobs
-    clipped = (weight != ratio.detach()) * mask if CLIP[loss] else mask * 0
+    clipped = (weight != ratio.detach()) * mask if loss in CLIP else mask * 0
     stats = {
         "clip_fraction": float(clipped.sum() / mask.sum().clamp(min=1)),
         "approx_kl": float(k3(old_logprobs, logprobs.detach()).sum() / mask.sum().clamp(min=1)),
@@ -1254,8 +1256,9 @@ def policy_loss(
 
 def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
     """The weights [N, T] of the losses that cancel on shared tokens: ratio [N, T] without gradient (TGC)."""
-    if loss == "grpo-fix":
-        return ratio.clamp(1 - clip[0], 1 + clip[1])
+    if loss in CLIP:
+        inside = ratio.clamp(1 - clip[0], 1 + clip[1])
+        return inside if loss == "grpo-fix" else ratio * (ratio == inside)
     ratios = ratio[:, 0].view(-1, group_size)  # [P, G], of the responses
     mean_advantage = ((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).view(-1, group_size)  # [P, G]
     cancels = min_replace(ratios) if loss == "dfpo-min" else adv_orthogonal(ratios, mean_advantage)  # [P, G]
@@ -2187,7 +2190,7 @@ def checked(args):
         raise BadInput(
             "--combine mix: --alpha must be at most 1, or the response level would count backwards"
         )
-    if args.clip and not CLIP[args.loss]:
+    if args.clip and args.loss not in CLIP:
         raise BadInput(f"--clip: --loss {args.loss} clips nothing")
     if args.prompts % WORLD:
         raise BadInput(f"--prompts {args.prompts}: {WORLD} processes cannot share them equally")

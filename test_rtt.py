@@ -1475,6 +1475,7 @@ def loop_coef(logprobs, old, advantages, mask, G, loss, low, high):
             coef[i, t] = A * {
                 "grpo": ppo(rho, A),
                 "grpo-fix": clip(rho),
+                "grpo-mask": rho if 1 - low <= rho <= 1 + high else 0.0,
                 "gspo": ppo(s[i], A) / lengths[i],
                 "dfpo-min": min(s[j] for j in group),
                 "dfpo-orth": s[i] - dot * mean[i],
@@ -1527,7 +1528,7 @@ def test_ppo_clip_is_one_sided_for_either_sign_of_the_advantage(loss, A, ratio, 
 
 def test_on_policy_the_token_mean_losses_have_the_same_gradient():
     gradients = []
-    for loss in ("grpo", "grpo-fix", "dfpo-min", "dfpo-orth"):
+    for loss in ("grpo", "grpo-fix", "dfpo-min", "dfpo-orth", "grpo-mask"):
         logprobs, _, advantages, mask = loss_case()
         value, stats = rtt.policy_loss(logprobs, logprobs.detach(), advantages, mask, 4, loss)
         value.backward()
@@ -1768,6 +1769,16 @@ LENGTH = torch.tensor(LENGTHS).float()[:, None]
 @pytest.mark.parametrize("shared_ratio", [0.5, 1.1, 2.0])
 def test_shared_tokens_cancel_under_grpo_fix_and_dfpo_off_policy(loss, shared_ratio):
     assert tax_on_shared_tokens(loss, A[:, None], shared_ratio=shared_ratio) < CANCELS
+
+
+def test_shared_tokens_cancel_under_grpo_mask_and_are_let_go_outside_the_range():
+    assert tax_on_shared_tokens("grpo-mask", A[:, None], shared_ratio=1.1) < CANCELS
+    for ratio in (0.5, 2.0):
+        logprobs = torch.full((4, SHARED), math.log(ratio), requires_grad=True)
+        old, mask = torch.zeros(4, SHARED), torch.ones(4, SHARED)
+        value, stats = rtt.policy_loss(logprobs, old, A[:, None] * mask, mask, 4, "grpo-mask")
+        value.backward()
+        assert not logprobs.grad.any() and stats["clip_fraction"] == 1  # pushed by none, up or down
 
 
 @pytest.mark.parametrize("clip", [(3e-4, 4e-4), (9.0, 9.0)], ids=["clipped", "unclipped"])
