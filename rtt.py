@@ -1182,6 +1182,9 @@ def cancellation_residual(coef, ids, mask):
 # In: log-probabilities with gradient, those of the sampler, advantages, all [N, T].  Out: a scalar, and the
 # effective coefficients c of section 6.  Each method is a choice of the weight that stands beside the
 # advantage: which ratio, per token or per response, clipped how, transformed how.
+# Off policy a weight has two duties: shared tokens must cancel (TGC), and a token that has been pushed far
+# enough must be let go (PPO's clip).  "grpo" sees to the second, "grpo-fix" and the dfpo losses to the
+# first, "grpo-mask" to both.
 # ==================================================================================================
 
 # Clip ranges below and above 1. GSPO clips a mean over tokens, which moves far less than one token's ratio.
