@@ -1750,7 +1750,7 @@ def grid(*axes):
 METHODS = ["alpha=0", "partition=intra", "partition=verdict"]  # plain GRPO first: differences are to it
 STUDIES = {
     # RTT's main claim, then its group partitioning problem
-    "rtt": grid(METHODS[:2], ["", "reward=csr"]),
+    "rtt": grid(METHODS[:2], ["", "reward=csr"]) + METHODS[2:],
     "partition": ["alpha=0", *grid(["partition=intra"], ["", "alpha=0.25", "alpha=1"])]
     + [f"partition={partition}" for partition in PARTITIONS[1:]],
     # TGC: from the second of four updates on, the policy is not the sampler's any more
