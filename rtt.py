@@ -1223,7 +1223,8 @@ def policy_loss(
                     adv_orthogonal (TGC's DFPO). dfpo-orth goes by each response's mean advantage, so it
                     cancels where the advantage is the same for all tokens of a response (--alpha 0).
       "grpo-mask":  stop-gradient of the per-token ratio, 0 outside the clip range whatever the advantage's
-                    sign. Our addition: it cancels as "grpo-fix" does, and stops pushing as "grpo" does.
+                    sign. Not TGC's: it cancels as "grpo-fix" does, and lets go as "grpo" does, but also of a
+                    token that left the range on the wrong side.
     For every one, d loss / d logprobs = -coef / denominator: coef is the whole difference between them.
     clip: (low, high), by default CLIP's; the dfpo losses have none. denominator: that of the whole update, of
     which this may be a part. N must be a multiple of group_size.
@@ -1261,7 +1262,7 @@ def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
     """The weights [N, T] of the losses that cancel on shared tokens: ratio [N, T] without gradient (TGC)."""
     if loss in CLIP:
         inside = ratio.clamp(1 - clip[0], 1 + clip[1])
-        return inside if loss == "grpo-fix" else ratio * (ratio == inside)
+        return inside if loss == "grpo-fix" else ratio.masked_fill(ratio != inside, 0.0)
     ratios = ratio[:, 0].view(-1, group_size)  # [P, G], of the responses
     mean_advantage = ((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).view(-1, group_size)  # [P, G]
     cancels = min_replace(ratios) if loss == "dfpo-min" else adv_orthogonal(ratios, mean_advantage)  # [P, G]
@@ -2124,7 +2125,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("update (TGC)").add_argument
     add("--loss", choices=LOSSES, default="grpo", help="how ratios become weights; see policy_loss")
     add("--clip", metavar=("LOW", "HIGH"), type=positive, nargs=2,
-        help="range around 1 (default: 0.2 0.2; gspo 3e-4 4e-4)")
+        help="how far below and above 1 a ratio may go (default: 0.2 0.2; gspo 3e-4 4e-4)")
     add("--updates", metavar="N", type=some, default=1, help="optimiser steps a rollout")
     add("--lr", metavar="X", type=positive, default=3e-4, help="learning rate of the policy (Adam, constant)")
     add("--max-grad-norm", metavar="X", type=positive, default=1.0, help="limit of the gradient's norm")
