@@ -1223,12 +1223,14 @@ def policy_loss(
                     adv_orthogonal (TGC's DFPO). dfpo-orth goes by each response's mean advantage, so it
                     cancels where the advantage is the same for all tokens of a response (--alpha 0).
       "grpo-mask":  stop-gradient of the per-token ratio, 0 outside the clip range whatever the advantage's
-                    sign. Not TGC's: it cancels as "grpo-fix" does, and lets go as "grpo" does, but also of a
-                    token that left the range on the wrong side.
+                    sign (as IcePop masks, arXiv:2510.18855). Not TGC's: it cancels as "grpo-fix" does, and
+                    lets go as "grpo" does, but also of a token that left the range on the wrong side.
     For every one, d loss / d logprobs = -coef / denominator: coef is the whole difference between them.
     clip: (low, high), by default CLIP's; the dfpo losses have none. denominator: that of the whole update, of
     which this may be a part. N must be a multiple of group_size.
-    Statistics: clip_fraction, approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T].
+    Statistics: clip_fraction (of the tokens; those that "grpo-fix" holds at the range's end count, and are
+    still pushed), approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T]. With a stop-gradient only
+    the loss's gradient means something, not its value.
     Raises ValueError for an unknown loss.
     """
     if loss not in LOSSES:
@@ -1259,7 +1261,11 @@ def policy_loss(
 
 
 def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
-    """The weights [N, T] of the losses that cancel on shared tokens: ratio [N, T] without gradient (TGC)."""
+    """The weights [N, T] of the losses that cancel on shared tokens (TGC).
+
+    ratio [N, T]: without gradient; of a dfpo loss, the response's in each column. clip: (low, high), for the
+    two that clip.
+    """
     if loss in CLIP:
         inside = ratio.clamp(1 - clip[0], 1 + clip[1])
         return inside if loss == "grpo-fix" else ratio.masked_fill(ratio != inside, 0.0)
