@@ -1774,12 +1774,8 @@ GOAL = 0.5  # the held-out instruction-level accuracy whose first step the table
 def finish(folder, argv):
     """Run a configuration, or what is left of it, in a process of its own. Raises BadInput if it fails."""
     if not (folder / "result.json").is_file():
-        command = [
-            sys.executable,
-            __file__,
-            *(["--resume", folder] if (folder / "config.json").is_file() else argv),
-        ]
-        one_thread = dict(os.environ, OMP_NUM_THREADS="1")
+        flags = ["--resume", folder] if (folder / "config.json").is_file() else argv
+        command, one_thread = [sys.executable, __file__, *flags], dict(os.environ, OMP_NUM_THREADS="1")
         ended = subprocess.run(command, env=one_thread, capture_output=True, text=True)
         if ended.returncode:
             reason = (ended.stderr.strip() or "failed").splitlines()[-1].removeprefix("rtt.py: ")
@@ -2181,10 +2177,9 @@ def resumed(args, parser, argv):
     args = checked(parser.parse_args(argv))
     for name in config.keys() - free:
         if getattr(args, name) != config[name]:
-            change = (
-                f"--{name.replace('_', '-')} was {config[name]!r} and cannot become {getattr(args, name)!r}"
-            )
-            raise BadInput(f"--resume {args.resume}: {change}; what may change is {', '.join(free[1:])}")
+            change = f"was {config[name]!r} and cannot become {getattr(args, name)!r}"
+            may = f"what may change is {', '.join(free[1:])}"
+            raise BadInput(f"--resume {args.resume}: --{name.replace('_', '-')} {change}; {may}")
     return args
 
 
@@ -2214,10 +2209,9 @@ def checked(args):
         if re.fullmatch(r"Qwen[\w.-]+", name) and not Path(name).exists():
             setattr(args, flag, f"Qwen/{name}")
     for flag in ("model", "data", "judge", "discriminator"):
-        if (
-            getattr(args, flag) and Path(getattr(args, flag)).exists()
-        ):  # so that --resume finds it from anywhere
-            setattr(args, flag, os.path.abspath(getattr(args, flag)))
+        name = getattr(args, flag)
+        if name and Path(name).exists():  # so that --resume finds it from anywhere
+            setattr(args, flag, os.path.abspath(name))
     return args
 
 
