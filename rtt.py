@@ -52,7 +52,7 @@ What is simplified, and where this differs from the papers:
     evidence: for criteria in words the discriminator relies on what it learned from the others.
   - `token_advantage` divides by std + 0.1, not by std (see there why). Its partitions "verdict",
     "contested" and "cross" are additions: what TGC's cancellation condition asks of RTT's token channel.
-    "verdict" is the default, because it cancels; in long runs RTT's "intra" falls where it holds (README).
+    "verdict" is the default, because it cancels; in long runs RTT's "intra" can fall where it holds (README).
   - IFEval asks a language detector, reads keywords as regular expressions, and splits sentences and
     words with NLTK. Here: the script of the letters (and the judge, where languages share it), literal
     text, and two rules (SENTENCE_END, WORD). A letter may be a sign such as #, where IFEval draws another.
