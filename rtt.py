@@ -1229,8 +1229,8 @@ def policy_loss(
     clip: (low, high), by default CLIP's; the dfpo losses have none. denominator: that of the whole update, of
     which this may be a part. N must be a multiple of group_size.
     Statistics: clip_fraction (of the tokens; those that "grpo-fix" holds at the range's end count, and are
-    still pushed), approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T]. With a stop-gradient only
-    the loss's gradient means something, not its value.
+    still pushed), approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T]. Of a loss with a
+    stop-gradient, only the gradient means something, not the value.
     Raises ValueError for an unknown loss.
     """
     if loss not in LOSSES:
