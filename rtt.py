@@ -957,10 +957,9 @@ class RelevanceDiscriminator:
         criterion_ids, criterion_mask = padded(texts.input_ids, 0, ids.device)
         attention = torch.cat([criterion_mask, mask], 1)  # [M, C + T]
         inputs = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
+        joined = torch.cat([criterion_ids, ids], 1)  # [M, C + T]
         with precision(ids.device, self.dtype):
-            hidden = self.base(
-                torch.cat([criterion_ids, ids], 1), **inputs
-            ).last_hidden_state  # [M, C + T, H]
+            hidden = self.base(joined, **inputs).last_hidden_state  # [M, C + T, H]
             return self.model["head"](hidden[:, -ids.shape[1] :]).squeeze(2).float()  # [M, T]
 
     def batches(self, pairs, criteria, ids, mask, size):
@@ -1388,11 +1387,9 @@ def mean_residual(coef, rollout, group_size):
 def roll_out(policy, tasks, group_size, seeds, args):
     """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
-    ends = dict(end_ids=policy.end_ids, pad_id=policy.end_ids[0])
+    options = dict(end_ids=policy.end_ids, pad_id=policy.end_ids[0], seeds=seeds)
     with precision(args.device, args.dtype):
-        return sample(
-            policy.model, prompts, group_size, args.max_new_tokens, args.temperature, **ends, seeds=seeds
-        )
+        return sample(policy.model, prompts, group_size, args.max_new_tokens, args.temperature, **options)
 
 
 def criteria_of(tasks, verdicts):

@@ -1526,6 +1526,12 @@ def test_ppo_clip_is_one_sided_for_either_sign_of_the_advantage(loss, A, ratio, 
     assert stats["clip_fraction"] == (not alive)
 
 
+def test_a_lifted_clipped_objective_gives_the_numbers_of_its_docstring():
+    ratio, A = torch.tensor([1.5, 0.5, 1.5, 0.5]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    objective, weight = rtt.clipped_objective(ratio, A, 0.2, 0.2)
+    assert close(objective, [1.2, 0.5, -1.5, -0.8]) and close(weight, [0.0, 0.5, 1.5, 0.0])
+
+
 def test_on_policy_the_token_mean_losses_have_the_same_gradient():
     gradients = []
     for loss in ("grpo", "grpo-fix", "dfpo-min", "dfpo-orth", "grpo-mask"):
