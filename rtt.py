@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 r"""Rubrics to Tokens: reinforcement learning from rubrics with token-level credit, in one file.
 
-A prompt comes with several rubrics (criteria). A reward for the whole response says how many were
-met, not where. RTT (Rubrics to Tokens, arXiv:2604.02795) asks a small discriminator which tokens are
-responsible for each verdict, and adds a token-level advantage to GRPO's response-level one.
+A prompt comes with several rubrics (criteria). A reward for the whole response says whether all, or how
+many, were met, not where. RTT (Rubrics to Tokens, arXiv:2604.02795) asks a small discriminator which
+tokens are responsible for each verdict, and adds a token-level advantage to GRPO's response-level one.
 TGC (Token Gradient Cancellation, arXiv:2604.13088) asks of any such objective that tokens which all
-responses of a group share be left alone, and repairs the weights where they are not. Both speak of
-one tensor: the coefficient with which each token's log-probability is pushed up or down.
+responses of a group share be left alone, and repairs the weights where they are not. Both speak of one
+tensor: the coefficient with which each token's log-probability is pushed up or down.
 
 In GRPO, on which both build, the policy (the language model in training) answers each prompt with a
 group of rollouts (sampled responses). The advantage of a response is how far its reward lies above the
@@ -36,7 +36,7 @@ policy; at 1, on policy), and the clip stops pushing once the ratio has left a s
     a           [G, T]     token_adv           r normalised over a partition of it, mean over rubrics
     A + alpha*a [N, T]     advantages          alpha: how much the token level counts
     rho, rho_i  [N, T] [N] ratio               new over old probability pi: of a token; of a response
-    c           [N, T]     coef                advantage * weight: multiplies each grad log pi
+    c           [N, T]     coef                advantage * weight: multiplies each grad log pi (gspo: / length)
     M                                          rows picked from a batch: tokens, or (response, rubric) pairs
 
 Run it:
@@ -92,7 +92,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
@@ -276,9 +276,9 @@ def response_language(text, language: LANGUAGE):
 ABBREVIATIONS = r"Mr|Mrs|Ms|Dr|St|vs|Prof|Gen|Sen|Rep|Lt|Col|Jan|Feb|Aug|Sep|Sept|Oct|Nov|Dec|Inc|Ltd|Co"
 ABBREVIATIONS += r"|Corp|Bros|Jr|Sr|U\.S|U\.K|a\.m|p\.m|Ph\.D|D\.C|J\.P"
 STARTERS = r"(?=[A-Z])(?i:the|this|these|there|they|it|I|he|her|so|but|if|in|when|while|however|some|many)\b"
-CLOSERS, TOKEN = r"\"')\]}‘’“”«»", r"(?<![\w.'’])"
-NO_END = rf"(?:\.\.|{TOKEN}(?i:{ABBREVIATIONS})\.)(?=\s)(?!\s+{STARTERS})"
-NO_END += rf"|{TOKEN}(?i:[c-hk-nprstvw])\.(?=\s)|(?:{TOKEN}[a-zA-Z]|(?<![a-zA-Z])\d)\.\s+[a-z]"
+CLOSERS, WORD_START = r"\"')\]}‘’“”«»", r"(?<![\w.'’])"
+NO_END = rf"(?:\.\.|{WORD_START}(?i:{ABBREVIATIONS})\.)(?=\s)(?!\s+{STARTERS})"
+NO_END += rf"|{WORD_START}(?i:[c-hk-nprstvw])\.(?=\s)|(?:{WORD_START}[a-zA-Z]|(?<![a-zA-Z])\d)\.\s+[a-z]"
 SENTENCE_END = rf"(?<!\S)(?!\S*(?:{NO_END}))\S*(?<![.!?])([.!?]+)(?=[\s{CLOSERS}(\[{{:;@*]|$)"
 
 
@@ -562,9 +562,11 @@ def hub_rows(name, split):
 
 
 def without_dropout(config):
-    """The config with every dropout probability at 0: dropout would turn the ratios into noise."""
+    """The config with every probability of dropping something at 0: it would turn the ratios into noise."""
     for name, value in vars(config).items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+        if isinstance(value, PreTrainedConfig):  # the text model's part of a larger one
+            without_dropout(value)
+        elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
@@ -613,7 +615,7 @@ def draw(logp, uniform):
 
     Not torch.multinomial: one number a token, drawn beforehand, makes a row independent of the others.
     """
-    cdf = logp.exp().cumsum(-1)  # [N, V], up to 1 or, by rounding, nearly so
+    cdf = logp.float().exp().cumsum(-1)  # [N, V], up to 1 or, by rounding, nearly so
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
     return token.squeeze(1).clamp(max=logp.shape[-1] - 1)
 
@@ -643,8 +645,11 @@ def sample(
     seeds: one integer a prompt; a prompt's samples depend on its seed and on nothing else in the batch.
     Responses that have ended leave the batch. Where static (default: on CUDA, if transformers can compile the
     model) they stay, and every step has the same shapes: recorded as a graph, it is not launched op by op.
+    The model is left in evaluation mode. Raises ValueError for a temperature of 0 (0.01 is nearly greedy).
     """
-    model.eval()  # no dropout; section 7 turns training mode on again
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    model.eval()  # section 7 turns training mode on again
     device, shape = model.device, (group_size, max_new_tokens)
     static = device.type == "cuda" and model._can_compile_fullgraph if static is None else static
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
@@ -795,10 +800,13 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 def response_reward(verdicts, kind="aon"):
     """verdicts [..., K] in {+1, -1}, 0 for no such rubric -> rewards [...] float32 in [0, 1] (RTT).
 
-    "aon", all or nothing: 1 if every rubric is satisfied, else 0.
-    "csr", constraint satisfaction rate: the share of the rubrics that are satisfied.
-    Raises ValueError for another kind.
+    "aon", all or nothing: 1 if every rubric is satisfied, else 0 (so 1 where there is none).
+    "csr", constraint satisfaction rate: the share of the rubrics that are satisfied (0 where there is none).
+    Verdicts that come as 0 and 1 or False and True must first be made 2 * v - 1.
+    Raises ValueError for another kind, and for Booleans.
     """
+    if verdicts.dtype == torch.bool:
+        raise ValueError("verdicts must be +1 and -1, and 0 for no such rubric, not Booleans")
     if kind == "aon":
         return (verdicts >= 0).all(-1).float()
     if kind == "csr":
@@ -988,7 +996,8 @@ class RelevanceDiscriminator:
         """One step of cross-entropy towards evidence [N, K, T] on some random (response, rubric) pairs.
 
         Pairs without evidence (-1: a judge gave the verdict) are left out; what is learned from the others
-        must do for them. At most `batch` pairs are in memory at a time.
+        must do for them. At most `batch` pairs are in memory at a time. Of several processes (section 7 has
+        `gather` and `descend`) each takes its share of the pairs.
         """
         self.model.train()
         known = (evidence[:, :, 0] >= 0).tolist()
@@ -1005,7 +1014,7 @@ class RelevanceDiscriminator:
 
 def shuffled(relevance, mask):
     """relevance [N, K, T] with the tokens of each response in a random order: the same credit, misplaced."""
-    keys = torch.rand(mask.shape).to(mask.device) - mask  # [N, T] a response's tokens before its padding
+    keys = torch.rand(mask.shape).to(mask.device) - mask.float()  # [N, T] tokens before padding
     order = keys.argsort(1)[:, None].expand_as(relevance)  # [N, K, T]
     return relevance.gather(2, order) * mask[:, None]
 
@@ -1045,36 +1054,39 @@ def contested(verdicts, group_size):
 
 
 def response_advantage(rewards, eps=1e-6):
-    """rewards [G] -> (R - mean) / (std + eps) over the group: [G]  (GRPO; RTT's response level).
+    """rewards [..., G] -> (R - mean) / (std + eps) over the group: [..., G]  (GRPO; RTT's response level).
 
     std is the population's (divided by G). Exactly 0 where all rewards are equal, so also for G = 1.
     """
     rewards = rewards.float()
-    advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + eps)
-    return advantage.masked_fill((rewards == rewards[0]).all(), 0.0)
+    std = rewards.std(-1, correction=0, keepdim=True)
+    advantage = (rewards - rewards.mean(-1, keepdim=True)) / (std + eps)
+    return advantage.masked_fill((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0)
 
 
 def masked_normalize(x, mask, dim, eps):
     """(x - mean) / (std + eps) over the entries along `dim` where mask is 1; 0 where it is 0."""
+    x = x.masked_fill(mask == 0, 0.0)  # not x * mask: what stands at padding may be NaN
     count = mask.sum(dim, keepdim=True).clamp(min=1)
-    mean = (x * mask).sum(dim, keepdim=True) / count
+    mean = x.sum(dim, keepdim=True) / count
     centred = (x - mean) * mask
     std = (centred.square().sum(dim, keepdim=True) / count).sqrt()
     return centred / (std + eps)
 
 
+@torch.no_grad()
 def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     """Token-level advantage [G, T] of one group (RTT, group partitioning and normalisation).
 
-    verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T].
-    Raises ValueError for an unknown partition.
+    verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T]. No gradient.
+    The default is RTT's; that of the command line is "verdict". Raises ValueError for an unknown partition.
     With r = verdicts * relevance, the mean over k of r normalised over
       "intra":    the tokens of each (response, rubric): RTT's intra-sample token group normalisation;
       "inter":    the tokens of all responses, for each rubric;
       "rubric":   the tokens of all responses, after r was averaged over the rubrics;
       "verdict":  the responses, for each rubric, and only then spread by relevance: a token without
                   relevance gets exactly 0, and a rubric on which the group agrees gives nothing;
-      "contested":  as "intra", but rubrics on which the group agrees are left out;
+      "contested":  as "intra", but 0 from rubrics on which the group agrees (the mean counts them still);
       "cross":    verdicts over the responses, relevance over the tokens of all responses, for each rubric,
                   and the product of both: the contrast of "intra", and what all responses share with equal
                   relevance cancels, as in "verdict".
@@ -1096,7 +1108,7 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     signs = verdicts.float()  # [G, K]; float first: relevance must not be cut to whole numbers
     rubrics = (verdicts != 0).sum(1).clamp(min=1)[:, None]  # [G, 1]
     valid = mask[:, None].float()  # [G, 1, T]
-    relevance = relevance.masked_fill(valid == 0, 0.0)  # [G, K, T]
+    relevance = relevance.masked_fill((valid * signs[..., None]) == 0, 0.0)  # [G, K, T]
     reward = signs[..., None] * relevance  # [G, K, T]
     if partition == "rubric":
         return masked_normalize(reward.sum(1) / rubrics, valid[:, 0], (0, 1), eps)
@@ -1136,6 +1148,11 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 # gradient in all of them: it moves by sum_i c[i, t].  Sharing it made no response better than another, so
 # the sum should be 0.  A group's response-level advantages sum to 0; times weights that differ between the
 # responses they do not, unless the weights are first made constant or orthogonal to the advantages.
+# What is left over is the learning tax: the policy drifts, and no response is the better for it.
+# TGC's word for the condition is exchangeable: it must not matter from which response a shared token is read.
+# A ratio of the token's own is harmless, for the same token after the same text has one ratio. What breaks it:
+# PPO's one-sided clip, which lets go of a token in some responses and not in others, by their advantages'
+# signs ("grpo"); one ratio for a whole response, and the division by its length, even on policy ("gspo").
 # (A token channel must sum to 0 by itself. Of the partitions of section 5 "verdict" and "cross" do, where a
 # shared token has the same relevance in all responses; a learned relevance comes near to that.)
 # ==================================================================================================
@@ -1152,7 +1169,8 @@ def adv_orthogonal(w, adv):
     w itself where |adv| = 0 (below 1e-6 it is rounding: advantages have unit scale). Weights may come out
     negative. w [.9, 1.1, 1.3], adv [1.2, -.4, -.8] -> [1.114, 1.029, 1.157].
     """
-    w, norm = w.detach(), adv.square().sum(-1, keepdim=True)
+    w, adv = w.detach(), adv.detach()
+    norm = adv.square().sum(-1, keepdim=True)
     scale = (adv * w).sum(-1, keepdim=True) / norm.clamp(min=1e-12)
     return w - adv * scale.masked_fill(norm < 1e-12, 0.0)
 
@@ -1169,10 +1187,11 @@ def cancellation_residual(coef, ids, mask):
     vocabulary, index = ids.unique(return_inverse=True)  # index [G, T] into U different tokens
     zeros = torch.zeros(len(ids), len(vocabulary), device=ids.device)  # [G, U]
     count = zeros.scatter_add(1, index, mask.float())
-    mean = zeros.scatter_add(1, index, (coef * mask).float()) / count.clamp(min=1)  # [G, U]
+    push = coef.float().masked_fill(mask == 0, 0.0)  # [G, T]
+    mean = zeros.scatter_add(1, index, push) / count.clamp(min=1)  # [G, U]
     mean = mean[:, (count > 0).all(0)]  # [G, shared tokens]
-    push = mean.abs().sum()
-    return float(mean.sum(0).abs().sum() / push) if push != 0 else 0.0
+    size = mean.abs().sum()
+    return float(mean.sum(0).abs().sum() / size) if size != 0 else 0.0
 
 
 # ==================================================================================================
@@ -1205,7 +1224,7 @@ def clipped_objective(ratio, advantages, low, high):
 
 def loss_denominator(mask, loss):
     """What the loss is divided by: responses for gspo (a mean of token means), tokens for the others."""
-    return len(mask) if loss == "gspo" else mask.sum()
+    return len(mask) if loss == "gspo" else mask.sum().clamp(min=1)
 
 
 def policy_loss(
@@ -1213,7 +1232,8 @@ def policy_loss(
 ):
     """The loss to minimise (a scalar), and its statistics (a dict).
 
-    logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows.
+    logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows; float32, for in
+    half precision a ratio near 1 is mostly rounding.
       "grpo":       per-token ratio, PPO's clip (GRPO with a token mean).
       "grpo-fix":   stop-gradient of the clipped per-token ratio, whatever the advantage's sign (TGC).
       "gspo":       the response's ratio, geometric mean over its tokens, PPO's clip. Written token by
@@ -1224,24 +1244,29 @@ def policy_loss(
       "grpo-mask":  stop-gradient of the per-token ratio, 0 outside the clip range whatever the advantage's
                     sign (as IcePop masks, arXiv:2510.18855). Not TGC's: it cancels as "grpo-fix" does, and
                     lets go as "grpo" does, but also of a token that left the range on the wrong side.
-    For every one, d loss / d logprobs = -coef / denominator: coef is the whole difference between them.
+    For every one, d loss / d logprobs = -coef / denominator: they differ in coef, and gspo in the denominator.
     clip: (low, high), by default CLIP's; the dfpo losses have none. denominator: that of the whole update, of
     which this may be a part. N must be a multiple of group_size.
     Statistics: clip_fraction (of the tokens; those that "grpo-fix" holds at the range's end count, and are
     still pushed), approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T]. Of a loss with a
     stop-gradient, only the gradient means something, not the value.
-    Raises ValueError for an unknown loss.
+    Only logprobs gets a gradient. Raises ValueError for an unknown loss, and for other shapes.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
+    if not logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape or len(mask) % group_size:
+        raise ValueError("the four tensors must all be [N, T], and N a multiple of group_size")
     clip = clip or CLIP.get(loss)
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
     logprobs, old_logprobs, advantages = (
-        x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs, advantages)
+        x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs.detach(), advantages.detach())
     )  # whatever stands at padding, even -inf or NaN, is ignored
+    # ratios up to exp(20): one of infinity would make the gradient NaN even where the clip lets go
+    old_logprobs = old_logprobs.clamp(min=logprobs.detach() - 20)  # [N, T]
     log_ratio = logprobs - old_logprobs  # [N, T]
-    ratio, scale = log_ratio.exp(), 1 / lengths if loss == "gspo" else 1.0
-    if not loss.startswith("grpo"):
+    ratio = log_ratio.exp()  # [N, T]
+    scale = 1 / lengths if loss == "gspo" else 1.0  # [N, 1]: a mean of token means
+    if loss in ("gspo", "dfpo-min", "dfpo-orth"):
         sequence_ratio = (log_ratio.detach().sum(1, keepdim=True) / lengths).exp()  # [N, 1]
         ratio = sequence_ratio * (logprobs - logprobs.detach()).exp()  # the second factor is 1
     if loss in ("grpo", "gspo"):
@@ -1260,7 +1285,7 @@ def policy_loss(
 
 
 def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
-    """The weights [N, T] of the losses that cancel on shared tokens (TGC).
+    """The weights [N, T] of the losses that cancel on shared tokens (TGC; "grpo-mask" is ours).
 
     ratio [N, T]: without gradient; of a dfpo loss, the response's in each column. clip: (low, high), for the
     two that clip.
@@ -1280,7 +1305,7 @@ def k3(log_p, log_q):
     Mask the log-probabilities before, not the result after: at padding the exponential may be infinite.
     """
     difference = log_q - log_p
-    return difference.exp() - difference - 1
+    return difference.expm1() - difference  # expm1: exp - 1 would leave nothing of a small difference
 
 
 def micro_batches(lengths, group_size, groups):
@@ -1621,8 +1646,8 @@ def record(index, task, text, truncated, verdicts, known):
     """One response as responses.jsonl has it: evidence in characters, null where a judge gave the verdict."""
     rubrics = []
     for rubric, verdict, evidence in zip(task.rubrics, verdicts, known):
-        spans = verify(rubric, text, task.prompt).evidence if evidence >= 0 else None
-        rubrics.append(dict(id=rubric.id, criterion=rubric.criterion, satisfied=verdict > 0, evidence=spans))
+        found = verify(rubric, text, task.prompt).evidence if evidence >= 0 else None
+        rubrics.append(dict(id=rubric.id, criterion=rubric.criterion, satisfied=verdict > 0, evidence=found))
     return dict(index=index, prompt=task.prompt, response=text, truncated=truncated, rubrics=rubrics)
 
 

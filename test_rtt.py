@@ -32,6 +32,7 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -40,6 +41,7 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -674,6 +676,14 @@ def test_draw_gives_each_token_its_share_of_the_unit_interval():
     tokens = rtt.draw(p.log().expand(1000, -1), uniform)
     assert tokens.bincount(minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
     assert rtt.draw(p.log()[None], torch.zeros(1)) == 1  # not token 0, which has no share
+    half = torch.randn(4, 5000).log_softmax(1).bfloat16()  # a sum of 5000 in half precision would be off
+    assert torch.equal(rtt.draw(half, uniform[::250]), rtt.draw(half.float(), uniform[::250]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_of_0_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        roll(tiny_model(), temperature=temperature)
 
 
 @pytest.mark.parametrize("pad", [0, END])
@@ -704,6 +714,12 @@ def test_dropout_of_the_config_is_off_in_sampling_and_in_training(folder):
     ids, attention, T = rtt.trim(rollout, torch.arange(4), 4)
     policy.model.train()
     assert close(rtt.token_logprobs(policy.model, ids, attention, T, group_size=4), rollout.logprobs, 1e-4)
+
+
+def test_nothing_is_dropped_by_a_nested_config_or_a_layer():
+    nested = Gemma3Config(text_config=dict(attention_dropout=0.3))
+    assert rtt.without_dropout(nested).text_config.attention_dropout == 0
+    assert rtt.without_dropout(OPTConfig(layerdrop=0.5, dropout=0.1)).layerdrop == 0
 
 
 @pytest.mark.parametrize("ends, pad", [((END, OTHER_END), 0), ((END,), END), (range(3, 14), 3), ((), 0)])
@@ -1036,6 +1052,8 @@ def test_response_reward_counts_only_rubrics_that_exist():
     assert rtt.response_reward(verdicts).tolist() == [1, 0, 1, 0]
     assert rtt.response_reward(verdicts, "csr").tolist() == [1, 0.5, 1, 0]
     assert rtt.response_reward(verdicts[:, None].float(), "csr").tolist() == [[1], [0.5], [1], [0]]
+    with pytest.raises(ValueError, match="not Booleans"):  # False would count as "no such rubric"
+        rtt.response_reward(verdicts > 0)
 
 
 # ==================================================================================================
@@ -1260,6 +1278,9 @@ def random_group(G=4, K=3, T=6, seed=0):
 def test_response_advantage_against_a_loop():
     rewards = [1.0, 0.0, 0.25, 1.0, 0.5]
     assert close(rtt.response_advantage(torch.tensor(rewards)), normalize(rewards, 1e-6))
+    groups = torch.tensor([rewards, [10 * reward for reward in rewards], [0.3] * 5])  # [P, G]
+    assert close(rtt.response_advantage(groups), [normalize(row, 1e-6) for row in groups.tolist()], 1e-4)
+    assert not rtt.response_advantage(groups)[2].any()
 
 
 @pytest.mark.parametrize("rewards", [[0, 0, 0], [1, 1], [0.1, 0.1, 0.1], [1 / 3] * 7, [0.7]])
@@ -1331,6 +1352,12 @@ def test_release_trap_float_relevance_in_an_integer_tensor_is_cut_to_0(partition
     advantage = rtt.token_advantage(verdicts, relevance, mask, partition)
     assert advantage.dtype == torch.float32 and advantage.abs().max() > 0.05
     assert torch.equal(advantage, rtt.token_advantage(verdicts.float(), relevance, mask.float(), partition))
+
+
+@pytest.mark.parametrize("partition", rtt.PARTITIONS)
+def test_no_gradient_flows_into_the_relevance(partition):
+    verdicts, relevance, mask, _ = random_group()
+    assert not rtt.token_advantage(verdicts, relevance.requires_grad_(), mask, partition).requires_grad
 
 
 def test_an_unknown_partition_is_refused():
@@ -1406,6 +1433,7 @@ def test_adv_orthogonal_weights_cancel_and_move_no_more_than_they_must():
     change = w - new  # the change is along adv: no other weights that cancel are nearer
     assert close(change, adv * (change * adv).sum(1, keepdim=True) / adv.square().sum(1, keepdim=True))
     assert rtt.adv_orthogonal(w, torch.zeros(5, 8)).equal(w)
+    assert not rtt.adv_orthogonal(w, adv.requires_grad_()).requires_grad
 
 
 def loop_residual(coef, ids, mask):
@@ -1436,6 +1464,8 @@ def test_cancellation_residual_is_0_when_balanced_1_when_all_push_alike():
     assert rtt.cancellation_residual(balanced, ids, mask) == 0.0
     assert rtt.cancellation_residual(balanced.abs(), ids, mask) == 1.0
     assert rtt.cancellation_residual(balanced, torch.tensor([[1, 2, 3], [4, 5, 6]]), mask) == 0.0
+    balanced[1, 2] = math.nan  # padding
+    assert rtt.cancellation_residual(balanced, ids, mask) == 0.0
 
 
 # ==================================================================================================
@@ -1510,6 +1540,45 @@ def test_padding_may_hold_anything(loss):
     assert dirty_stats["approx_kl"] == pytest.approx(stats["approx_kl"]) and math.isfinite(stats["approx_kl"])
 
 
+@pytest.mark.parametrize("loss", rtt.LOSSES)
+def test_only_the_new_log_probabilities_get_a_gradient(loss):
+    """policy_loss(x, x, ...) on policy must learn, and a learned relevance must not be trained by it."""
+    logprobs, _, advantages, mask = loss_case()
+    advantages.requires_grad_()
+    rtt.policy_loss(logprobs, logprobs, advantages, mask, 4, loss)[0].backward()
+    weight = 1 / mask.sum(1, keepdim=True) / 8 if loss == "gspo" else 1 / mask.sum()
+    assert close(logprobs.grad, -advantages.detach() * weight) and advantages.grad is None
+
+
+@pytest.mark.parametrize("loss", rtt.LOSSES)
+@pytest.mark.parametrize("A", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("old", [-95.0, -9999.0, -math.inf])
+def test_a_ratio_beyond_all_bounds_spoils_no_gradient(loss, A, old):
+    logprobs = torch.full((2, 2), -1.0, requires_grad=True)
+    olds, mask = torch.full((2, 2), -1.0), torch.ones(2, 2)
+    olds[0, 0] = old
+    value, stats = rtt.policy_loss(logprobs, olds, torch.tensor([[A], [-A]]) * mask, mask, 2, loss)
+    value.backward()
+    assert value.isfinite() and math.isfinite(stats["approx_kl"])
+    assert close(logprobs.grad, -stats["coef"] / rtt.loss_denominator(mask, loss))
+    assert not (loss in ("grpo", "gspo") and A > 0 and logprobs.grad[0, 0])  # let go
+
+
+@pytest.mark.parametrize("loss", rtt.LOSSES)
+def test_a_batch_without_tokens_has_a_loss_of_0(loss):
+    logprobs = torch.randn(2, 3, requires_grad=True)
+    value, _ = rtt.policy_loss(logprobs, torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, 3), 2, loss)
+    value.backward()
+    assert value == 0 and not logprobs.grad.any()
+
+
+def test_other_shapes_are_refused():
+    x = torch.zeros(4, 4)
+    for shapes, group_size in ((x, x, x[0], x), 2), ((x, x, x, x[:, :3]), 2), ((x, x, x, x), 3):
+        with pytest.raises(ValueError, match=r"must all be \[N, T\]"):
+            rtt.policy_loss(*shapes, group_size)
+
+
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 @pytest.mark.parametrize("A", [1.0, -1.0])
 @pytest.mark.parametrize("ratio, side", [(0.5, "below"), (0.9, "inside"), (1.1, "inside"), (1.5, "above")])
@@ -1565,6 +1634,8 @@ def test_gspo_token_by_token_is_the_gradient_of_the_sequence_objective():
 def test_k3_is_the_kl_on_average_and_never_negative():
     p, q = torch.randn(2, 7, dtype=torch.float64).log_softmax(1)
     assert (rtt.k3(p, q) > 0).all() and (rtt.k3(p, p) == 0).all()
+    small = torch.linspace(-1e-3, 1e-3, 1001)  # float32, where exp(d) - d - 1 is rounding
+    assert close(rtt.k3(0, small) * 1e6, small.square() / 2 * 1e6, 1e-2) and (rtt.k3(0, small) >= 0).all()
     kl = sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist()))  # KL(p || q)
     assert float((p.exp() * rtt.k3(p, q)).sum()) == pytest.approx(kl, rel=1e-9)  # tokens sampled from p
 
@@ -1730,6 +1801,12 @@ def test_nothing_at_padding_reaches_a_token():
     for partition in rtt.PARTITIONS:
         token_adv = rtt.token_advantage(verdicts, relevance, mask, partition)
         assert token_adv.isfinite().all() and token_adv[0, 1] == 0
+    absent = torch.tensor([[1, 0], [-1, 1]])  # the first response does not have the second rubric
+    relevance = torch.full((2, 2, 3), 0.5).masked_fill((absent == 0)[..., None], math.nan)
+    for partition in rtt.PARTITIONS:
+        assert rtt.token_advantage(absent, relevance, torch.ones(2, 3), partition).isfinite().all()
+    x = torch.tensor([1.0, 2.0, math.nan])
+    assert close(rtt.masked_normalize(x, torch.tensor([1, 1, 0]), 0, 0.0), [-1.0, 1.0, 0.0])
     token_adv[0, 1] = math.nan
     assert rtt.combine_advantages(torch.ones(2), token_adv, mask)[0, 1] == 0
 
@@ -1800,6 +1877,7 @@ def test_shared_tokens_pay_under_grpo_where_the_clip_takes_one_sign_only(shared_
 
 def test_shared_tokens_pay_under_a_length_normalised_objective_even_on_policy():
     assert tax_on_shared_tokens("grpo", A[:, None] / LENGTH, off_policy=False) > TAXED
+    assert tax_on_shared_tokens("gspo", A[:, None], off_policy=False) > TAXED
     assert tax_on_shared_tokens("grpo", A[:, None], off_policy=False) < CANCELS
 
 
