@@ -645,7 +645,7 @@ def sample(
     seeds: one integer a prompt; a prompt's samples depend on its seed and on nothing else in the batch.
     Responses that have ended leave the batch. Where static (default: on CUDA, if transformers can compile the
     model) they stay, and every step has the same shapes: recorded as a graph, it is not launched op by op.
-    The model is left in evaluation mode. Raises ValueError for a temperature of 0 (0.01 is nearly greedy).
+    The model is left in evaluation mode. Raises ValueError for a temperature not above 0.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
@@ -1107,11 +1107,11 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     """
     signs = verdicts.float()  # [G, K]; float first: relevance must not be cut to whole numbers
     rubrics = (verdicts != 0).sum(1).clamp(min=1)[:, None]  # [G, 1]
-    valid = mask[:, None].float()  # [G, 1, T]
-    relevance = relevance.masked_fill((valid * signs[..., None]) == 0, 0.0)  # [G, K, T]
+    valid = mask[:, None].float() * (signs != 0)[..., None]  # [G, K, T] tokens of responses with the rubric
+    relevance = relevance.masked_fill(valid == 0, 0.0)  # [G, K, T]
     reward = signs[..., None] * relevance  # [G, K, T]
     if partition == "rubric":
-        return masked_normalize(reward.sum(1) / rubrics, valid[:, 0], (0, 1), eps)
+        return masked_normalize(reward.sum(1) / rubrics, mask.float(), (0, 1), eps)
     verdict_adv = masked_normalize(signs, (signs != 0).float(), 0, eps)[..., None]  # [G, K, 1]
     if partition == "intra":
         advantage = masked_normalize(reward, valid, 2, eps)
@@ -1250,7 +1250,8 @@ def policy_loss(
     Statistics: clip_fraction (of the tokens; those that "grpo-fix" holds at the range's end count, and are
     still pushed), approx_kl (k3 estimate of KL(sampler || policy)), and coef [N, T]. Of a loss with a
     stop-gradient, only the gradient means something, not the value.
-    Only logprobs gets a gradient. Raises ValueError for an unknown loss, and for other shapes.
+    Only logprobs gets a gradient. A token's ratio counts as exp(20) where it is more, lest a gradient be NaN.
+    Raises ValueError for an unknown loss, and for other shapes.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, not {loss!r}")
@@ -1261,7 +1262,7 @@ def policy_loss(
     logprobs, old_logprobs, advantages = (
         x.masked_fill(mask == 0, 0.0) for x in (logprobs, old_logprobs.detach(), advantages.detach())
     )  # whatever stands at padding, even -inf or NaN, is ignored
-    # ratios up to exp(20): one of infinity would make the gradient NaN even where the clip lets go
+    # exp(20) at most: a ratio of infinity would make the gradient NaN even where the clip lets go
     old_logprobs = old_logprobs.clamp(min=logprobs.detach() - 20)  # [N, T]
     log_ratio = logprobs - old_logprobs  # [N, T]
     ratio = log_ratio.exp()  # [N, T]
@@ -1285,7 +1286,7 @@ def policy_loss(
 
 
 def stop_gradient_weight(ratio, advantages, mask, group_size, loss, clip):
-    """The weights [N, T] of the losses that cancel on shared tokens (TGC; "grpo-mask" is ours).
+    """The weights [N, T] of the losses that cancel on shared tokens (TGC's, and "grpo-mask").
 
     ratio [N, T]: without gradient; of a dfpo loss, the response's in each column. clip: (low, high), for the
     two that clip.

@@ -1801,14 +1801,20 @@ def test_nothing_at_padding_reaches_a_token():
     for partition in rtt.PARTITIONS:
         token_adv = rtt.token_advantage(verdicts, relevance, mask, partition)
         assert token_adv.isfinite().all() and token_adv[0, 1] == 0
-    absent = torch.tensor([[1, 0], [-1, 1]])  # the first response does not have the second rubric
-    relevance = torch.full((2, 2, 3), 0.5).masked_fill((absent == 0)[..., None], math.nan)
-    for partition in rtt.PARTITIONS:
-        assert rtt.token_advantage(absent, relevance, torch.ones(2, 3), partition).isfinite().all()
     x = torch.tensor([1.0, 2.0, math.nan])
     assert close(rtt.masked_normalize(x, torch.tensor([1, 1, 0]), 0, 0.0), [-1.0, 1.0, 0.0])
     token_adv[0, 1] = math.nan
     assert rtt.combine_advantages(torch.ones(2), token_adv, mask)[0, 1] == 0
+
+
+@pytest.mark.parametrize("partition", ["intra", "inter", "verdict", "contested", "cross"])
+def test_a_response_without_the_rubric_is_as_if_it_were_not_there(partition):
+    verdicts = torch.tensor([[1, 0], [1, 1], [1, -1]])
+    relevance = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    relevance[:, 0], relevance[0, 1] = 0.0, math.nan  # only the second rubric has anything to say
+    token_adv = rtt.token_advantage(verdicts, relevance, torch.ones(3, 4), partition)
+    rest = rtt.token_advantage(verdicts[1:, 1:], relevance[1:, 1:], torch.ones(2, 4), partition)
+    assert not token_adv[0].any() and close(token_adv[1:], rest / 2) and rest.any()
 
 
 # --------------------------------------------------------------------------------------------------
