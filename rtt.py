@@ -36,7 +36,7 @@ policy; at 1, on policy), and the clip stops pushing once the ratio has left a s
     a           [G, T]     token_adv           r normalised over a partition of it, mean over rubrics
     A + alpha*a [N, T]     advantages          alpha: how much the token level counts
     rho, rho_i  [N, T] [N] ratio               new over old probability pi: of a token; of a response
-    c           [N, T]     coef                advantage * weight: multiplies each grad log pi (gspo: / length)
+    c           [N, T]     coef                advantage * weight: multiplies each grad log pi (gspo: / |y|)
     M                                          rows picked from a batch: tokens, or (response, rubric) pairs
 
 Run it:
@@ -1149,10 +1149,10 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 # the sum should be 0.  A group's response-level advantages sum to 0; times weights that differ between the
 # responses they do not, unless the weights are first made constant or orthogonal to the advantages.
 # What is left over is the learning tax: the policy drifts, and no response is the better for it.
-# TGC's word for the condition is exchangeable: it must not matter from which response a shared token is read.
-# A ratio of the token's own is harmless, for the same token after the same text has one ratio. What breaks it:
+# TGC's word for the condition is exchangeable: it must not matter in which response a shared token stands.
+# A ratio of each token is harmless, for the same token after the same text has one ratio. What breaks it:
 # PPO's one-sided clip, which lets go of a token in some responses and not in others, by their advantages'
-# signs ("grpo"); one ratio for a whole response, and the division by its length, even on policy ("gspo").
+# signs ("grpo"); one ratio for a whole response, and the division by its length |y|, even on policy ("gspo").
 # (A token channel must sum to 0 by itself. Of the partitions of section 5 "verdict" and "cross" do, where a
 # shared token has the same relevance in all responses; a learned relevance comes near to that.)
 # ==================================================================================================
@@ -1224,7 +1224,7 @@ def clipped_objective(ratio, advantages, low, high):
 
 def loss_denominator(mask, loss):
     """What the loss is divided by: responses for gspo (a mean of token means), tokens for the others."""
-    return len(mask) if loss == "gspo" else mask.sum().clamp(min=1)
+    return len(mask) if loss == "gspo" else mask.sum()
 
 
 def policy_loss(
@@ -1244,7 +1244,7 @@ def policy_loss(
       "grpo-mask":  stop-gradient of the per-token ratio, 0 outside the clip range whatever the advantage's
                     sign (as IcePop masks, arXiv:2510.18855). Not TGC's: it cancels as "grpo-fix" does, and
                     lets go as "grpo" does, but also of a token that left the range on the wrong side.
-    For every one, d loss / d logprobs = -coef / denominator: they differ in coef, and gspo in the denominator.
+    For every one, d loss / d logprobs = -coef / denominator; they differ in coef, gspo also in denominator.
     clip: (low, high), by default CLIP's; the dfpo losses have none. denominator: that of the whole update, of
     which this may be a part. N must be a multiple of group_size.
     Statistics: clip_fraction (of the tokens; those that "grpo-fix" holds at the range's end count, and are
@@ -1281,7 +1281,8 @@ def policy_loss(
         "approx_kl": float(k3(old_logprobs, logprobs.detach()).sum() / mask.sum().clamp(min=1)),
         "coef": weight * scale * advantages * mask,
     }
-    denominator = loss_denominator(mask, loss) if denominator is None else denominator
+    if denominator is None:
+        denominator = loss_denominator(mask, loss) or 1  # without a token the loss is 0, not NaN
     return -(objective * scale * mask).sum() / denominator, stats
 
 
