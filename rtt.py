@@ -70,7 +70,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -92,8 +91,16 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GradientCheckpointingLayer,
+    PreTrainedConfig,
+    StaticCache,
+)
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -561,6 +568,22 @@ def hub_rows(name, split):
 # ==================================================================================================
 
 
+def training_mode(model):
+    """Training mode for layers that checkpoint, which need it, and evaluation mode for all that is in them.
+
+    Noise that a model adds in training mode, such as a router's, would turn the ratios into noise.
+    """
+    for module in model.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
+
+
+def can_be_recorded(config):
+    """Can a decoding step be a CUDA graph? Not with sliding windows, nor with positions that rescale."""
+    rotary = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    rescales = rotary.get("rope_type") in ("dynamic", "longrope")
+    return not rescales and not any(DynamicCache(config=config).is_sliding)
+
+
 def without_dropout(config):
     """The config with every probability of dropping something at 0: it would turn the ratios into noise."""
     for name, value in vars(config).items():
@@ -603,10 +626,10 @@ def positions(attention_mask):
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def padded(rows, pad_id, device, side="left"):
-    """Lists of token ids -> ids [P, L], mask [P, L]."""
+def padded(rows, pad_id, device):
+    """Lists of token ids -> ids [P, L], mask [P, L], padded on the left."""
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    filled = lambda rows, value: pad_sequence(rows, True, value, side).to(device)
+    filled = lambda rows, value: pad_sequence(rows, True, value, "left").to(device)
     return filled(ids, pad_id), filled([torch.ones_like(row) for row in ids], 0)
 
 
@@ -620,111 +643,122 @@ def draw(logp, uniform):
     return token.squeeze(1).clamp(max=logp.shape[-1] - 1)
 
 
-def prefill(model, ids, mask, owner):
-    """Compute prompts, ids and mask [P, L], once for all rows that continue them; owner [N]: whose row it is.
-
-    Returns logits [N, V] of the next token, and the cache of N rows. Gradients flow through both.
-    Raises ValueError with gradient checkpointing: layers that run twice cannot fill a cache.
-    """
-    cache = DynamicCache()
-    inputs = dict(attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True)
-    logits = model(ids, logits_to_keep=1, **inputs).logits[:, -1]  # [P, V]
-    if cache.get_seq_length() != ids.shape[1]:
-        raise ValueError("gradient checkpointing keeps the cache empty: group_size must be 1")
-    cache.batch_select_indices(owner)  # P -> N rows
-    return logits[owner], cache
-
-
-@torch.no_grad()
-def sample(
-    model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None, static=None
-):
-    """Sample `group_size` responses to each prompt: a Rollout with T = length of the longest.
-
-    prompts: P lists of token ids. end_ids: tokens that end a response (several are fine).
-    seeds: one integer a prompt; a prompt's samples depend on its seed and on nothing else in the batch.
-    Responses that have ended leave the batch. Where static (default: on CUDA, if transformers can compile the
-    model) they stay, and every step has the same shapes: recorded as a graph, it is not launched op by op.
-    The model is left in evaluation mode. Raises ValueError for a temperature not above 0.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
-    model.eval()  # section 7 turns training mode on again
-    device, shape = model.device, (group_size, max_new_tokens)
-    static = device.type == "cuda" and model._can_compile_fullgraph if static is None else static
-    seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
-    uniform = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniform = torch.cat(uniform).to(device)  # [N, T], until the last line with T = max_new_tokens
-    ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
-
-    prompt_ids, prompt_mask = padded(prompts, pad_id, device)  # [P, L]
-    owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [N]
-    logits, cache = prefill(model, prompt_ids, prompt_mask, owner)  # [N, V]
-    lengths = prompt_mask.sum(1, keepdim=True)[owner]  # [N, 1]
-    attention = F.pad(prompt_mask[owner], (0, max_new_tokens), value=1)  # [N, L + T]
-    if static:
-        cache = Cache(layers=[FixedLayer(layer, attention.shape[1]) for layer in cache.layers])
-    alive = torch.arange(len(owner), device=device)  # rows in the batch
-    ids = torch.full_like(uniform, pad_id, dtype=torch.long)
-    logprobs, entropy = torch.zeros_like(uniform), torch.zeros_like(uniform)  # [N, T]
-    # `seen` is set in the loop; where static it never changes, as a graph requires
-    step = lambda token, place: model(token, attention_mask=seen, position_ids=place, past_key_values=cache)
-    for t in range(max_new_tokens):
-        logp = (logits.float() / temperature).log_softmax(-1)  # [alive, V]
-        token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
-        ids[alive, t], logprobs[alive, t] = token[:, 0], logp.gather(1, token)[:, 0]
-        entropy[alive, t] = torch.special.entr(logp.exp()).sum(-1)
-        if not static or t % 16 == 0:  # to look who has ended, the host must wait for the device
-            going = (~torch.isin(ids[alive, : t + 1], ends).any(1)).nonzero()[:, 0]
-            if not static and len(going) < len(alive):
-                alive, token, lengths, attention = (x[going] for x in (alive, token, lengths, attention))
-                cache.batch_select_indices(going)
-        if not len(going) or t + 1 == max_new_tokens:
-            break
-        # a static cache has all its slots in view: causality hides those that are still empty
-        seen = attention if static else attention[:, : prompt_ids.shape[1] + t + 1]
-        if static and device.type == "cuda" and t == 1:  # the step before has warmed everything up
-            step = recorded(step, token, lengths + t)
-        logits = step(token, lengths + t).logits[:, -1]  # [alive, V]
-    ended = torch.isin(ids, ends).cumsum(1)  # [N, T] 1 from the end token on
-    mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
-    used = slice(0, int(mask.sum(1).max()))
-    rows = ids.masked_fill(mask == 0, pad_id), mask, logprobs * mask, entropy * mask  # ended rows may go on
-    return Rollout(prompt_ids, prompt_mask, *(x[:, used] for x in rows), truncated=ended[:, -1] == 0)
+def prefill(model, prompt_ids, prompt_mask, cache):
+    """Put the keys and values of prompts [P, L], all but the last token, into `cache`; gradients flow through."""
+    if prompt_ids.shape[1] == 1:
+        return
+    model(
+        prompt_ids[:, :-1],
+        attention_mask=prompt_mask[:, :-1],
+        position_ids=positions(prompt_mask[:, :-1]),
+        cache=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
 
 
-class FixedLayer(StaticLayer):
-    """A layer of a cache, begun as `grown`, with room for `length` tokens from the start, in one type.
-
-    Autocast computes keys and values in two types; attention would round both to its own anyway.
-    """
-
-    def __init__(self, grown, length):
-        super().__init__(length)
-        kind = grown.keys.device.type
-        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else grown.dtype
-        self.update(grown.keys, grown.values)
-
-    def update(self, keys, values, *args, **kwargs):
-        return super().update(keys.to(self.dtype), values.to(self.dtype))
-
-
-def recorded(step, *tensors):
-    """step(*tensors) as a CUDA graph: one launch instead of thousands.
+def recorded(step, *inputs):
+    """step(*inputs) as a CUDA graph: one launch instead of thousands.
 
     It works on the same memory every time: use what it returns before the next call.
     """
-    inputs, graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    inputs = [x.clone() for x in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = step(*inputs)
 
-    def replay(*tensors):
-        for x, new in zip(inputs, tensors):
-            x.copy_(new)
+    def replay(*values):
+        for memory, value in zip(inputs, values):
+            memory.copy_(value)
         graph.replay()
         return output
 
     return replay
+
+
+@torch.no_grad()
+def sample(
+    model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None, graph=False
+):
+    """Sample `group_size` responses to each prompt -> a Rollout, with T = length of the longest.
+
+    prompts: P lists of token ids. end_ids: tokens that end a response. seeds: one integer a prompt, whose
+    samples depend on it and on nothing else in the batch. Rows that have ended leave the batch. With `graph`
+    (CUDA, full attention) they stay: every step then has the same shapes, and is recorded once.
+    Leaves the model in evaluation mode. Raises ValueError for a temperature not above 0, and
+    FloatingPointError where the model's probabilities are not numbers.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    model.eval()
+    device = model.device
+    N = len(prompts) * group_size
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniform = [torch.rand(group_size, max_new_tokens, generator=generator) for generator in generators]
+    uniform = torch.cat(uniform).to(device)  # [N, T], T = max_new_tokens until the last lines
+    ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
+
+    prompt_ids, prompt_mask = padded(prompts, pad_id, device)  # [P, L]
+    row_ids = prompt_ids.repeat_interleave(group_size, 0)  # [N, L]
+    row_mask = prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
+    L = prompt_ids.shape[1]
+    if graph:
+        slots = 64 * math.ceil((L + max_new_tokens) / 64)
+        cache = StaticCache(config=model.config, max_cache_len=slots)
+        prefill(model, row_ids, row_mask, cache)
+        attention = F.pad(row_mask, (0, slots - L), value=1)  # causality hides the slots that are still empty
+    else:
+        cache = DynamicCache()
+        prefill(model, prompt_ids, prompt_mask, cache)
+        cache.batch_repeat_interleave(group_size)
+        attention = F.pad(row_mask, (0, max_new_tokens), value=1)  # [N, L + T]
+
+    def step(token, place, seen):
+        inputs = dict(attention_mask=seen, position_ids=place, cache=cache, use_cache=True)
+        return model(token, **inputs).logits[:, -1]
+
+    token = row_ids[:, -1:]  # [N, 1]
+    place = row_mask.sum(1, keepdim=True) - 1  # [N, 1]
+    alive = torch.arange(N, device=device)  # rows in the batch
+    ids = torch.full((N, max_new_tokens), pad_id, device=device)
+    logprobs = torch.zeros(N, max_new_tokens, device=device)
+    entropy = torch.zeros(N, max_new_tokens, device=device)
+    for t in range(max_new_tokens):
+        if graph and t == 1:  # the step before has warmed everything up
+            step = recorded(step, token, place, attention)
+        logits = step(token, place, attention if graph else attention[:, : L + t])  # [alive, V]
+        logp = (logits.float() / temperature).log_softmax(-1)
+        token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
+        place = place + 1
+        ids[alive, t] = token[:, 0]
+        logprobs[alive, t] = logp.gather(1, token)[:, 0]
+        entropy[alive, t] = torch.special.entr(logp.exp()).sum(-1)
+        going = ~torch.isin(ids[alive, : t + 1], ends).any(1)  # [alive]
+        if not going.any():
+            break
+        if not graph and not going.all():
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            alive = alive[going]
+            token = token[going]
+            place = place[going]
+            attention = attention[going]
+
+    if not logprobs.isfinite().all():
+        raise FloatingPointError("the model's probabilities are not numbers: its weights are NaN or too large")
+    ended = torch.isin(ids, ends).cumsum(1)  # [N, T] at least 1 from the end token on
+    mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
+    T = int(mask.sum(1).max())
+    return Rollout(
+        prompt_ids,
+        prompt_mask,
+        ids.masked_fill(mask == 0, pad_id)[:, :T],
+        mask[:, :T],
+        (logprobs * mask)[:, :T],
+        (entropy * mask)[:, :T],
+        truncated=ended[:, -1] == 0,
+    )
 
 
 def precision(device, dtype):
@@ -733,14 +767,6 @@ def precision(device, dtype):
     No optimiser step inside: each weight is rounded once a context and kept, whatever becomes of the weight.
     """
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def head_at(model, mask):
-    """A context in which the output head sees only mask [N, T]: logits are [M, V], not [N, T, V].
-
-    A hook, since transformers' own `logits_to_keep` keeps the same positions in every row.
-    """
-    return model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][mask],))
 
 
 def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
@@ -762,29 +788,31 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
     """Log-probabilities of the last T = `num_response_tokens` tokens: [N, T] float32, 0 at padding.
 
     ids, attention_mask: [N, L + T], prompts left-padded to L, responses right-padded to T.
-    group_size: G > 1 consecutive rows share their prompt. It is computed once for all of them and predicts
-    their first token; the responses, shifted by one, predict the rest from its cache (see `prefill`).
-    Logits exist only at response tokens.
+    group_size: G > 1 consecutive rows share their prompt, which is then computed once for all of them.
+    Logits exist only where a response token is predicted.
+    Raises ValueError for G > 1 with gradient checkpointing: layers that run twice would fill the cache twice.
     """
-    T, L, G = num_response_tokens, ids.shape[1] - num_response_tokens, group_size
-    place, mask, targets = positions(attention_mask), attention_mask[:, L:].bool(), ids[:, L:]
-    blank = torch.zeros(mask.shape, device=ids.device)  # [N, T]
-    if G == 1:
-        inputs = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, :-1], use_cache=False)
-        with head_at(model, F.pad(mask, (L - 1, 0))):  # a token is predicted at the place before its own
-            logits = model(ids[:, :-1], **inputs).logits  # [M, V]
-        return blank.masked_scatter(mask, chosen_logprobs(logits, targets[mask], temperature))
-    owner = torch.arange(len(ids), device=ids.device) // G  # [N]
-    logits, cache = prefill(model, ids[::G, :L], attention_mask[::G, :L], owner)  # [N, V]
-    first = chosen_logprobs(logits, targets[:, 0], temperature)[:, None]  # [N, 1]
-    first = first.masked_fill(~mask[:, :1], 0.0)
-    if T == 1:
-        return first
-    inputs = dict(attention_mask=attention_mask[:, :-1], position_ids=place[:, L:-1], past_key_values=cache)
-    with head_at(model, mask[:, 1:]):
-        logits = model(targets[:, :-1], **inputs).logits  # [M, V]
-    rest = chosen_logprobs(logits, targets[:, 1:][mask[:, 1:]], temperature)  # [M]
-    return torch.cat([first, blank[:, 1:].masked_scatter(mask[:, 1:], rest)], 1)  # [N, T]
+    if group_size > 1 and model.is_activation_checkpointing and torch.is_grad_enabled():
+        raise ValueError("with gradient checkpointing group_size must be 1")
+    L = ids.shape[1] - num_response_tokens
+    mask = attention_mask[:, L:].bool()  # [N, T]
+    cache = None
+    start = 0  # the first column that each row computes for itself
+    if group_size > 1:
+        start = L - 1
+        cache = DynamicCache()
+        prefill(model, ids[::group_size, :L], attention_mask[::group_size, :L], cache)
+        cache.batch_repeat_interleave(group_size)
+    logits = model(
+        ids[:, start:-1],
+        attention_mask=attention_mask[:, :-1],
+        position_ids=positions(attention_mask)[:, start:-1],
+        cache=cache,
+        use_cache=group_size > 1,
+        logits_to_keep=F.pad(mask, (L - 1 - start, 0)),  # a token is predicted at the place before its own
+    ).logits  # [M, V]
+    logprobs = chosen_logprobs(logits, ids[:, L:][mask], temperature)  # [M]
+    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logprobs)
 
 
 # ==================================================================================================
@@ -869,33 +897,23 @@ def answer_tokens(tokenizer):
 
 
 @torch.no_grad()
-def judge_yes(judge, questions, batch=16):
+def judge_yes(judge, questions, batch=64):
     """How sure a judge is of "yes": P(yes) / (P(yes) + P(no)) of its next token (RTT; no generation).
 
-    judge: a Policy. questions: tuples (prompt, response, list of criteria) -> for each a tensor, a number a
-    criterion. What the questions on one response share, above all the response, is computed once.
+    judge: a Policy. questions: M texts -> [M].
     """
-    tokenizer, device, answers = judge.tokenizer, judge.model.device, [None] * len(questions)
-    yes, no = answer_tokens(tokenizer)
-    rows = [[encode_prompt(tokenizer, QUESTION.format(p, r, c)) for c in cs] for p, r, cs in questions]
-    order = sorted(range(len(rows)), key=lambda m: len(rows[m][0]))  # like lengths together: less padding
-    for start in range(0, len(order), batch):
+    yes, no = answer_tokens(judge.tokenizer)
+    rows = [encode_prompt(judge.tokenizer, question) for question in questions]
+    order = sorted(range(len(rows)), key=lambda m: len(rows[m]))  # like lengths together: less padding
+    sure = torch.zeros(len(rows))
+    for start in range(0, len(rows), batch):
         part = order[start : start + batch]
-        heads = [os.path.commonprefix([row[:-1] for row in rows[m]]) for m in part]
-        tails = [row[len(head) :] for m, head in zip(part, heads) for row in rows[m]]
-        owner = torch.tensor([b for b, m in enumerate(part) for _ in rows[m]], device=device)  # [M]
-        ids, head_mask = padded(heads, 0, device)
-        _, cache = prefill(judge.model, ids, head_mask, owner)
-        ids, tail_mask = padded(tails, 0, device, "right")
-        mask = torch.cat([head_mask[owner], tail_mask], 1)
-        place, last = positions(mask)[:, -ids.shape[1] :], F.one_hot(tail_mask.sum(1) - 1, ids.shape[1])
-        with head_at(judge.model, last.bool()):  # each tail's last token
-            inputs = dict(attention_mask=mask, position_ids=place, past_key_values=cache)
-            logp = judge.model(ids, **inputs).logits.float()  # [M, V]
-        sure = (logp[:, yes].logsumexp(1) - logp[:, no].logsumexp(1)).sigmoid()  # [M]
-        for m, answer in zip(part, sure.cpu().split([len(rows[m]) for m in part])):
-            answers[m] = answer
-    return answers
+        ids, mask = padded([rows[m] for m in part], 0, judge.model.device)
+        inputs = dict(attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1)
+        logits = judge.model(ids, **inputs).logits[:, -1].float()  # [m, V]
+        odds = logits[:, yes].logsumexp(1) - logits[:, no].logsumexp(1)
+        sure[part] = odds.sigmoid().cpu()
+    return sure
 
 
 def grade(tokenizer, rollout, tasks, judge=None):
@@ -910,7 +928,8 @@ def grade(tokenizer, rollout, tasks, judge=None):
     without_end = [ids[: n - end] for ids, n, end in zip(rollout.ids.tolist(), lengths, ended)]
     texts, tokens = token_spans(tokenizer, without_end)
     verdicts, evidence = torch.zeros(N, K, dtype=torch.long), torch.zeros(N, K, T)
-    asked = defaultdict(list)  # response -> its rubrics that the judge decides
+    asked = []  # (response, rubric) pairs that the judge decides
+    questions = []
     for i, text in enumerate(texts):
         places, task = tokens[i] + [(len(text), len(text) + 1)] * ended[i], tasks[i // G]
         for k, rubric in enumerate(task.rubrics):
@@ -919,11 +938,11 @@ def grade(tokenizer, rollout, tasks, judge=None):
             verdicts[i, k] = 1 if verdict.satisfied else -1
             evidence[i, k, : len(places)] = torch.tensor(evidence_to_tokens(verdict.evidence, places))
             if verdict.satisfied and needs_judge(rubric):
-                asked[i].append(k)
-    about = lambda i, ks: (tasks[i // G].prompt, texts[i], [tasks[i // G].rubrics[k].criterion for k in ks])
-    answers = judge_yes(judge, [about(i, ks) for i, ks in asked.items()]) if asked else []
-    for (i, ks), answer in zip(asked.items(), answers):
-        verdicts[i, ks], evidence[i, ks] = (answer > 0.5).long() * 2 - 1, -1.0
+                asked.append((i, k))
+                questions.append(QUESTION.format(task.prompt, text, rubric.criterion))
+    for (i, k), sure in zip(asked, judge_yes(judge, questions) if asked else []):
+        verdicts[i, k] = 1 if sure > 0.5 else -1
+        evidence[i, k] = -1.0
     return texts, verdicts.to(rollout.ids.device), evidence.to(rollout.ids.device)
 
 
@@ -999,7 +1018,7 @@ class RelevanceDiscriminator:
         must do for them. At most `batch` pairs are in memory at a time. Of several processes (section 7 has
         `gather` and `descend`) each takes its share of the pairs.
         """
-        self.model.train()
+        training_mode(self.model)
         known = (evidence[:, :, 0] >= 0).tolist()
         every = [(i, k) for i, k in all_pairs(criteria) if known[i][k]]
         chosen = [every[j] for j in torch.randperm(len(every))[: -(-pairs // WORLD)].tolist()]
@@ -1361,22 +1380,26 @@ def update(model, optimizer, rollout, advantages, args, reference=None):
     """`args.updates` optimiser steps on one rollout; advantages [N, T]. Returns statistics (a dict).
 
     The denominator is that of the whole update, over all micro-batches and processes, so neither's number
-    changes a gradient. The old log-probabilities are the sampler's: no pass is spent on them. A step whose
+    changes a gradient. The old log-probabilities are the sampler's: no pass is spent on them. Below float32,
+    where the sampler rounds otherwise, they are those of the first update. A step whose
     loss or gradient is not finite is skipped and reported; the statistics are means over the others.
     reference: for --kl.
     """
-    model.train()
+    training_mode(model)
     G, steps = args.group_size, []
     shared = 1 if args.gradient_checkpointing else G  # responses that share one computation of their prompt
     own = int(loss_denominator(rollout.mask, args.loss)), int(rollout.mask.sum())
     denominator, tokens = map(sum, zip(*gather(own)))
-    for _ in range(args.updates):
+    old_logprobs = rollout.logprobs.clone()  # [N, T]
+    for number in range(args.updates):
         stats, coef = defaultdict(float), torch.zeros_like(advantages)
         for rows in micro_batches(rollout.mask.sum(1), G, args.micro_batch):
             ids, attention, T = trim(rollout, rows, G)
             with precision(args.device, args.dtype):
                 logprobs = token_logprobs(model, ids, attention, T, args.temperature, shared)  # [n, T]
-            old, adv, mask = rollout.logprobs[rows, :T], advantages[rows, :T], rollout.mask[rows, :T]
+            if number == 0 and args.dtype != "float32":  # nothing was learned yet: the first ratio is 1
+                old_logprobs[rows, :T] = logprobs.detach()
+            old, adv, mask = old_logprobs[rows, :T], advantages[rows, :T], rollout.mask[rows, :T]
             loss, part = policy_loss(logprobs, old, adv, mask, G, args.loss, args.clip, denominator)
             if reference is not None:
                 with torch.no_grad(), precision(args.device, args.dtype):
@@ -1414,7 +1437,8 @@ def mean_residual(coef, rollout, group_size):
 def roll_out(policy, tasks, group_size, seeds, args):
     """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
-    options = dict(end_ids=policy.end_ids, pad_id=policy.end_ids[0], seeds=seeds)
+    graph = args.graph and args.device == "cuda" and can_be_recorded(policy.model.config)
+    options = dict(end_ids=policy.end_ids, pad_id=policy.end_ids[0], seeds=seeds, graph=graph)
     with precision(args.device, args.dtype):
         return sample(policy.model, prompts, group_size, args.max_new_tokens, args.temperature, **options)
 
@@ -1509,10 +1533,8 @@ def timed(seconds, phase):
 
 
 def peak_memory_mb():
-    """Peak memory of the process, or of the GPU if one was used."""
-    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return (torch.cuda.max_memory_allocated() or process) / 2**20
+    """Peak memory that torch took on the GPU; 0 without one."""
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def train_step(models, tasks, seeds, args):
@@ -1930,7 +1952,7 @@ def loading(flag, name):
         raise BadInput(f"{flag} {name}: no such folder; a model folder or a name on the hub is needed")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = f"cannot be loaded from here or the hub ({reason}); python rtt.py alone needs no download"
         raise BadInput(f"{flag} {name}: {reason}") from None
@@ -1944,6 +1966,8 @@ def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
     """
     with loading(flag, name):
         config = without_dropout(AutoConfig.from_pretrained(name))
+        if getattr(config, "quantization_config", None):
+            raise BadInput(f"{flag} {name}: is quantised; only weights in floating point can be trained")
         tokenizer = AutoTokenizer.from_pretrained(name)
         longest = max((len(encode_prompt(tokenizer, wrap.format(t.prompt))), t.prompt[:40]) for t in tasks)
         if not longest[0]:
@@ -1956,7 +1980,8 @@ def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
             )
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **SAFE)
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
-    if model._is_stateful or {*kinds} - {"full_attention", "sliding_attention", "chunked_attention"}:
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if not takes_positions or {*kinds} - {"full_attention", "sliding_attention", "chunked_attention"}:
         raise BadInput(f"{flag} {name}: has recurrent layers; only attention's past can be shared by a group")
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -2007,8 +2032,10 @@ def load_models(tasks, args):
         reference = copy.deepcopy(policy.model)
     if args.gradient_checkpointing:
         for model in [policy.model] + ([discriminator.base] if discriminator else []):
-            enable = getattr(model, "activation_checkpointing_enable", None)  # its name in transformers 5.23
-            (enable or model.gradient_checkpointing_enable)(dict(use_reentrant=False))
+            try:
+                model.activation_checkpointing_enable()
+            except ValueError as error:
+                raise BadInput(f"--gradient-checkpointing: {error}; use --no-gradient-checkpointing") from None
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
     return Models(policy, optimizer, discriminator, judge, reference)
 
@@ -2052,7 +2079,8 @@ def run(args):
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_whole(out / "responses.jsonl", "".join(lines))
     write_whole(out / "result.json", json.dumps(result, indent=2) + "\n")
-    print(f"{time.perf_counter() - start:.0f} s in all; peak memory {peak_memory_mb():.0f} MB")
+    memory = f"; peak memory of the GPU {peak_memory_mb():.0f} MB" if peak_memory_mb() else ""
+    print(f"{time.perf_counter() - start:.0f} s in all{memory}")
     print(f"everything is in {out}")
 
 
@@ -2125,6 +2153,8 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: the best there is")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the computation; weights stay float32 (auto: bfloat16 on cuda)")
+    add("--graph", action=argparse.BooleanOptionalAction, default=True,
+        help="on cuda, record a decoding step as a graph; --no-graph where a model does not bear that")
     add("--eval-only", action="store_true", help="measure the model on the held-out data, do not train")
     add("--seed", metavar="N", type=any_number, default=0,
         help="of everything random; on the CPU, equal seeds give equal runs")
@@ -2242,6 +2272,9 @@ def checked(args):
 def main(argv=None):
     """Run; where the input is bad or the disk is full, say so in one line and leave with status 2."""
     transformers.logging.disable_progress_bar()
+    # On H100 and H200 torch prefers cuDNN's attention, whose backward pass gives NaN with padded masks (pytorch
+    # issue 196678), and which plans anew for every shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries
     try:
         args = parse_args(argv)
@@ -2257,7 +2290,7 @@ def main(argv=None):
         goes_on = "--resume, or the same --compare, goes on"
         print(f"rtt.py: interrupted; what was written before is whole: {goes_on}", file=sys.stderr)
         sys.exit(130)
-    except BadInput as error:
+    except (BadInput, FloatingPointError) as error:
         print(f"rtt.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (OSError, SafetensorError) as error:
