@@ -1980,8 +1980,8 @@ def load_policy(flag, name, args, dtype, tasks, wrap="{}"):
             )
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **SAFE)
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    if not takes_positions or {*kinds} - {"full_attention", "sliding_attention", "chunked_attention"}:
+    needed = {"cache", "position_ids", "logits_to_keep"}
+    if needed - inspect.signature(model.forward).parameters.keys() or {*kinds} - {"full_attention", "sliding_attention", "chunked_attention"}:
         raise BadInput(f"{flag} {name}: has recurrent layers; only attention's past can be shared by a group")
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}

@@ -26,7 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test w
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
@@ -42,6 +42,8 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     OPTConfig,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -721,6 +723,34 @@ def test_nothing_is_dropped_by_a_nested_config_or_a_layer():
     nested = Gemma3Config(text_config=dict(attention_dropout=0.3))
     assert rtt.without_dropout(nested).text_config.attention_dropout == 0
     assert rtt.without_dropout(OPTConfig(layerdrop=0.5, dropout=0.1)).layerdrop == 0
+
+
+def test_no_noise_of_training_reaches_the_ratio():
+    sizes = dict(hidden_size=32, intermediate_size=16, num_hidden_layers=2, vocab_size=23, num_local_experts=4)
+    torch.manual_seed(0)
+    config = PhimoeConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, router_jitter_noise=0.5)
+    model = PhimoeForCausalLM(config)
+    ids, mask = torch.randint(3, 23, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    quiet = rtt.token_logprobs(model.eval(), ids, mask, 5)
+    assert not close_or_not(rtt.token_logprobs(model.train(), ids, mask, 5), quiet)  # there is noise
+    model.activation_checkpointing_enable()
+    rtt.training_mode(model)
+    assert close(rtt.token_logprobs(model, ids, mask, 5), quiet)
+
+
+def close_or_not(a, b):
+    return torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_decoding_step_is_recorded_only_where_every_step_has_the_same_shape():
+    full = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    assert rtt.can_be_recorded(LlamaConfig(**full)) and rtt.can_be_recorded(Qwen2Config(**full))
+    assert not rtt.can_be_recorded(Gemma3TextConfig(**full))  # sliding windows
+    for kind in ("dynamic", "longrope"):
+        rope = dict(rope_type=kind, rope_theta=1e4, factor=2.0, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+        config = LlamaConfig(**full)
+        config.rope_parameters = rope
+        assert not rtt.can_be_recorded(config)
 
 
 @pytest.mark.parametrize("ends, pad", [((END, OTHER_END), 0), ((END,), END), (range(3, 14), 3), ((), 0)])
@@ -1705,6 +1735,19 @@ def test_update_spends_no_pass_on_old_logprobs_and_no_logits_on_prompts():
     assert seen == [3, int(rollout.mask.sum())]  # one for each prompt, by the way; where a token is predicted
 
 
+@pytest.mark.parametrize("loss", ["gspo", "dfpo-min"])
+def test_in_bfloat16_the_first_ratio_is_one(loss):
+    model = tiny_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = roll(model, temperature=1.3)
+    advantages = torch.randn(12, 1, generator=torch.Generator().manual_seed(1)) * rollout.mask
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    first = rtt.update(model, optimizer, rollout, advantages, options(loss=loss, dtype="bfloat16"))
+    assert first["clip_fraction"] == 0 and first["approx_kl"] == 0
+    two = options(loss=loss, dtype="bfloat16", updates=2)
+    assert rtt.update(model, optimizer, rollout, advantages, two)["approx_kl"] > 0  # the second is off policy
+
+
 def test_the_end_token_is_trained():
     model = tiny_model()
     rollout = roll(model, G=16, temperature=1.3)
@@ -2235,6 +2278,34 @@ def test_a_model_whose_past_cannot_be_shared_is_refused(tokenizer, data, capsys,
     tokenizer.save_pretrained(tmp_path / "mamba")
     said = refused(capsys, "--model", tmp_path / "mamba", "--data", data, "--out", tmp_path / "run", *SMALL)
     assert "recurrent" in said and not (tmp_path / "run").exists()
+
+
+def test_a_quantised_model_and_one_that_cannot_be_checkpointed_are_refused(folder, data, capsys, tmp_path, monkeypatch):
+    quantised = shutil.copytree(folder, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = dict(quant_method="awq", bits=4)
+    (quantised / "config.json").write_text(json.dumps(config))
+    flags = "--data", data, "--out", tmp_path / "run", *SMALL
+    assert "quantised" in refused(capsys, "--model", quantised, *flags)
+    monkeypatch.setattr(Qwen2ForCausalLM, "supports_gradient_checkpointing", False)
+    said = refused(capsys, "--model", folder, "--gradient-checkpointing", *flags)
+    assert "--no-gradient-checkpointing" in said and not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_nan_end_the_run_in_one_line(folder, data, capsys, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata=dict(format="pt"))
+    said = refused(capsys, "--model", broken, "--data", data, "--out", tmp_path / "run", *SMALL, *EMBEDDED)
+    assert "not numbers" in said and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_prints_no_warning(folder, data, tmp_path):
+    command = [sys.executable, HERE / "rtt.py", "--model", folder, "--data", data, "--out", tmp_path / "run"]
+    command += ["--steps", "1", *SMALL, *EMBEDDED, "--gradient-checkpointing", "--kl", "0.1"]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stderr == ""
 
 
 def test_a_model_folder_without_a_tokenizer_is_refused(folder, data, capsys, tmp_path):
