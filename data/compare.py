@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""Compare configurations of rtt.py over several seeds: start the runs, read what they wrote, print a table.
+
+    python data/compare.py base,alpha=0,loss=gspo+updates=4 --seeds 5 --out runs/mine --steps 250 --rubrics 5
+    python data/compare.py --table data/results/partition.jsonl
+
+Commas separate configurations, a plus sign the options of one; "base" changes nothing; STUDIES names lists.
+All other flags are rtt.py's and hold for all runs. A run is a process with one thread: on the CPU as many at a
+time as cores, on another --device one. The same command again keeps finished runs and resumes broken ones.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+
+RTT = Path(__file__).resolve().parent.parent / "rtt.py"
+GOAL = 0.5  # the held-out instruction-level accuracy whose first step the table names
+MEANS = ["entropy", "residual", "jitter", "seconds"]  # columns without an interval
+T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 1 to 10 numbers
+
+
+def grid(options, values):
+    """Each option with each value: grid("a b", "1 2") is "a=1,a=2,b=1,b=2"."""
+    return ",".join(f"{option}={value}" for option in options.split() for value in values.split())
+
+
+STUDIES = {  # plain GRPO comes first: differences are to the first
+    "rtt": "alpha=0,alpha=0+reward=csr,partition=intra,partition=intra+reward=csr,partition=verdict",
+    "partition": "alpha=0,partition=intra,partition=intra+alpha=0.25,partition=intra+alpha=1,"
+    "partition=inter,partition=rubric,partition=verdict,partition=contested,partition=cross",
+    "exchange": grid(
+        "alpha=0+loss partition=verdict+loss",
+        "grpo+updates=4 grpo-fix+updates=4 gspo+updates=4 "
+        "dfpo-min+updates=4 dfpo-orth+updates=4 grpo-mask+updates=4",
+    ),
+    "relevance": "alpha=0,"
+    + grid("partition=intra+relevance partition=verdict+relevance", "evidence discriminator shuffled")
+    + ",partition=verdict+relevance=uniform",
+    "lr": grid("alpha=0+lr partition=intra+lr partition=verdict+lr", "1e-4 3e-4 1e-3"),
+}
+
+
+def stop(reason, status=2):
+    print(f"compare.py: {reason}", file=sys.stderr)
+    sys.exit(status)
+
+
+def keep_flags(flags, out):
+    """Refuse a folder whose runs had other flags; what else differs between runs is in their names."""
+    kept = out / "flags.txt"
+    before = kept.read_text() if kept.is_file() else "not known"
+    if any(out.glob("*/config.json")) and before != shlex.join(flags):
+        stop(f"{out}: holds runs with other settings ({before}); name another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    kept.write_text(shlex.join(flags))
+
+
+def run(folder, flags):
+    """Run what is left of a run as a process of its own."""
+    if (folder / "result.json").is_file():
+        return
+    if (folder / "config.json").is_file():
+        flags = ["--resume", folder]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, RTT, *flags], env=one_thread, capture_output=True, text=True)
+    if ended.returncode != 0:
+        said = ended.stderr.splitlines() or ["it said nothing"]
+        stop(f"{folder}: {said[-1]} (exit status {ended.returncode})")
+    print(f"{folder} is finished", flush=True)
+
+
+def run_all(jobs, at_once):
+    """Run {folder: flags}. After a failure or Ctrl-C no further one is begun."""
+    with ThreadPoolExecutor(at_once) as pool:
+        runs = [pool.submit(run, *job) for job in jobs.items()]
+        try:
+            for ended in as_completed(runs):
+                ended.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def column(rows, key):
+    return [row[key] for row in rows]
+
+
+def step_of_goal(curve):
+    """The step at which the accuracy first reached GOAL, interpolated between evaluations, or None."""
+    if curve[0][1] >= GOAL:
+        return 0.0
+    for (a, x), (b, y) in pairwise(curve):
+        if x < GOAL <= y:
+            return a + (b - a) * (GOAL - x) / (y - x)
+    return None
+
+
+def outcome(folder):
+    """A finished run in numbers (per cent, but for the accuracies of the curve), with its settings."""
+    config = (folder / "config.json").read_text()
+    config = json.loads(config.replace(f"{RTT.parent}/", ""))  # not where this repository lies
+    result = json.loads((folder / "result.json").read_text())
+    rows = read_lines(folder / "metrics.jsonl")
+    levels = {0: result["before"]["instruction"]}
+    for row in rows:
+        if "eval_instruction" in row:
+            levels[row["step"]] = row["eval_instruction"]
+    levels[len(rows)] = result["after"]["instruction"]
+    curve = list(levels.items())
+    changes = [abs(y - x) for (_, x), (_, y) in pairwise(curve)]
+    return {
+        "instruction": 100 * result["after"]["instruction"],
+        "rubric": 100 * result["after"]["rubric"],
+        "goal": step_of_goal(curve),
+        "entropy": fmean(column(rows[-10:], "entropy")),
+        "residual": fmean(column(rows, "residual")),
+        "jitter": 100 * fmean(changes[1:] or changes),  # without the rise from the start
+        "seconds": fmean(column(rows, "seconds")),
+        "curve": curve,
+        "config": config | {"out": folder.name},
+    }
+
+
+def interval(values):
+    """Mean, and half the width of its 95 % interval by Student's t (beyond 10 numbers a little too wide)."""
+    n = len(values)
+    spread = stdev(values) if n > 1 else math.nan
+    return fmean(values), T95[min(n, 10) - 1] * spread / math.sqrt(n)
+
+
+def cells(name, runs, first):
+    """A line of the table. `first` are the runs of the first configuration, paired with these by seed."""
+    gains = [run["instruction"] - other["instruction"] for run, other in zip(runs, first)]
+    steps = [run["goal"] for run in runs if run["goal"] is not None]
+    return [
+        name,
+        "{:.1f} ± {:.1f}".format(*interval(column(runs, "instruction"))),
+        "{:+.1f} ± {:.1f}".format(*interval(gains)),
+        "{:.1f} ± {:.1f}".format(*interval(column(runs, "rubric"))),
+        f"{fmean(steps):.0f} ({len(steps)}/{len(runs)})" if steps else "never",
+        *[f"{fmean(column(runs, key)):.2f}" for key in MEANS],
+    ]
+
+
+def table(runs):
+    """The table of a study: a line a configuration, in the order in which they come."""
+    groups = {}
+    for run in runs:
+        name = run["config"]["out"].rpartition("+seed=")[0]
+        groups.setdefault(name, []).append(run)
+    first = next(iter(groups.values()))
+    lines = [["configuration", "instruction %", "to the first", "rubric %", f"step of {GOAL:.0%}", *MEANS]]
+    for name, group in groups.items():
+        lines.append(cells(name, group, first))
+    width = max(len(line[0]) for line in lines)
+    layout = f"{{:<{width}}}" + "{:>15}" * 4 + "{:>10}" * len(MEANS)
+    return "\n".join(layout.format(*line) for line in lines)
+
+
+def compare(args, flags):
+    keep_flags(flags, args.out)
+    jobs = {}
+    for name in STUDIES.get(args.study, args.study).split(","):
+        options = [f"--{option}" for option in name.split("+") if option != "base"]
+        for seed in range(args.seeds):
+            folder = args.out / f"{name}+seed={seed}".replace("/", "_")
+            jobs[folder] = [*flags, *options, f"--seed={seed}", f"--out={folder}"]
+    try:
+        run_all(jobs, os.cpu_count() if args.device == "cpu" else 1)
+    except KeyboardInterrupt:
+        stop("interrupted; the same command goes on", 130)
+    runs = [outcome(folder) for folder in jobs]
+    with open(args.out / "results.jsonl", "w") as file:
+        for run in runs:
+            file.write(json.dumps(run) + "\n")
+    (args.out / "table.txt").write_text(table(runs) + "\n")
+    print(table(runs))
+
+
+def main(argv=None):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("study", nargs="?", help="a list as above, or one of " + ", ".join(STUDIES))
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each configuration (5)")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (runs/compare)")
+    parser.add_argument("--device", default="cpu", help="where they run (cpu)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of a results.jsonl")
+    args, flags = parser.parse_known_args(argv)
+    if args.table:
+        print(table(read_lines(args.table)))
+    elif args.study:
+        compare(args, [*flags, f"--device={args.device}"])
+    else:
+        parser.error("name configurations, a study or a --table")
+
+
+if __name__ == "__main__":
+    main()
