@@ -127,7 +127,7 @@ class Config:
     temperature: float = setting(1.0, "of sampling")
 
     reward: str = setting("aon", "all rubrics or nothing; or the share of them satisfied", "aon", "csr")
-    relevance: str = setting("discriminator", "of tokens to verdicts: by whom; see token_relevance", *RELEVANCE)
+    relevance: str = setting("discriminator", "of tokens to verdicts; see token_relevance", *RELEVANCE)
     partition: str = setting("verdict", "what token rewards are normalised over; intra is RTT's", *PARTITIONS)
     alpha: float = setting(0.5, "weight of the token level; 0 is plain GRPO")
     combine: str = setting("add", "A + alpha a; or (1 - alpha) A + alpha a", "add", "mix")
@@ -166,14 +166,14 @@ class BadInput(Exception):
 # ==================================================================================================
 # 1. Rubrics: tasks, verdicts, evidence
 #
-# In: a data file; later a response.  Out: tasks (a prompt with its rubrics); later, for each rubric, a verdict
-# and its *evidence*, the characters of the response whose change would flip the verdict.  The verdict becomes
-# the reward (section 3); the evidence is what the discriminator learns to find (section 4).  Data schema and
-# verdicts are IFEval's (arXiv:2311.07911), strict.  A criterion in words, which no rule can check, is a rubric
-# of the id JUDGED.
+# In: a data file; later a response.  Out: tasks (a prompt with its rubrics); later, for each rubric, a
+# verdict and its *evidence*, the characters of the response whose change would flip the verdict.  The verdict
+# becomes the reward (section 3); the evidence is what the discriminator learns to find (section 4).  Data
+# schema and verdicts are IFEval's (arXiv:2311.07911), strict.  A criterion in words, which no rule can check,
+# is a rubric of the id JUDGED.
 #
-# The five verifiers here show the kinds of evidence: a word that is there, a word that must not be there, what
-# is counted, the end of the response, and a property of the whole text.  A verdict that rests on no character
+# The five verifiers here show the kinds of evidence: a word that is there, a word that must not be there,
+# what is counted, the end of the response, and a property of the whole text.  A verdict that rests on no character
 # (a forbidden word that is absent) has no evidence.  One that rests on the response ending where it does has
 # the empty span (len, len), which stands for the end token.  The other twenty of IFEval are in the appendix.
 # ==================================================================================================
@@ -223,12 +223,14 @@ def counted(found, relation, bound):
 
     Enough rests on all that were found, too many on the surplus, too few on no character.
     """
-    surplus = [] if relation == "at least" else found[bound - 1 :] if relation == "less than" else found[bound:]
-    if surplus:
-        return False, surplus
     if relation == "less than":
-        return True, []
-    return len(found) >= bound, found if len(found) >= bound else []
+        surplus = found[bound - 1 :]
+        return not surplus, surplus
+    if relation == "exactly" and len(found) > bound:
+        return False, found[bound:]
+    if len(found) < bound:
+        return False, []
+    return True, found
 
 
 def all_of(verdicts):
@@ -289,7 +291,7 @@ def english_lowercase(text):
 
 
 def answer_start(response):
-    """Where the answer begins: behind the last </think>, if there is one; at the end if a thought stays open."""
+    """Where the answer begins: behind the last </think>, if any; at the end if a thought stays open."""
     _, mark, answer = response.rpartition("</think>")
     if mark:
         return len(response) - len(answer.lstrip())
@@ -350,7 +352,7 @@ def make_task(row):
     kwargs = [{} if each is None else each for each in row.get("kwargs") or []]
     criteria = row.get("rubrics") or []
     if not fits(prompt, str):
-        hint = "; 'messages' are not read, the user's message must be in 'prompt'" if "messages" in row else ""
+        hint = "; 'messages' are not read" if "messages" in row else ""
         raise BadInput(f"'prompt' must be a text that is not blank{hint}")
     if len(ids) != len(kwargs) or not all(isinstance(each, dict) for each in kwargs):
         raise BadInput("'instruction_id_list' and 'kwargs' must be lists of one length, 'kwargs' of objects")
@@ -394,7 +396,7 @@ def load_tasks(path_or_hub_id, split="train"):
         except BadInput as error:
             raise BadInput(f"{path}:{number}: {error}") from None
         except (ValueError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path}:{number}: not a JSON object with the fields of the schema: {error}") from None
+            raise BadInput(f"{path}:{number}: not a JSON object of this schema: {error}") from None
         ignored |= row.keys() - {"prompt", "instruction_id_list", "kwargs", "rubrics", "key"}
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
@@ -446,7 +448,8 @@ def render(tokenizer, *turns):
     try:
         text = tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
-        raise BadInput(f"{tokenizer.name_or_path}: its chat template fails ({error})".split("\n")[0]) from None
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"{tokenizer.name_or_path}: its chat template fails ({reason})") from None
     return f"{text.rstrip()}\n\n</think>\n\n" if text.rstrip().endswith("<think>") else text
 
 
@@ -467,6 +470,11 @@ def encode_prompt(tokenizer, prompt):
     before, after = text.split(prompt.strip(), 1)
     content = token_ids(tokenizer, prompt.strip(), special=False)
     return token_ids(tokenizer, before) + content + token_ids(tokenizer, after)
+
+
+def context_length(config):
+    """How many tokens a model can read; a huge number where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def positions(attention_mask):
@@ -494,11 +502,18 @@ def draw(logp, uniform):
 
 
 def prefill(model, prompt_ids, prompt_mask, cache):
-    """Put the keys and values of prompts [P, L], all but the last token, into `cache`; gradients flow through."""
+    """Put keys and values of prompts [P, L], all but the last token, into `cache`; gradients flow through."""
     if prompt_ids.shape[1] > 1:
         mask = prompt_mask[:, :-1]
         options = dict(attention_mask=mask, position_ids=positions(mask), use_cache=True, logits_to_keep=1)
         model(prompt_ids[:, :-1], cache=cache, **options)
+
+
+def can_be_recorded(config):
+    """Can a decoding step be a CUDA graph? With full attention and rotary positions that do not rescale."""
+    rotary = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    steady = rotary.get("rope_type", "dynamic") != "dynamic"
+    return steady and not any(DynamicCache(config=config).is_sliding)
 
 
 def recorded(step, *inputs):
@@ -590,14 +605,15 @@ def sample(
             attention = attention[going]
 
     if not (logprobs + entropy).isfinite().all():
-        raise FloatingPointError("the model's probabilities are not numbers: its weights are NaN or too large")
+        raise FloatingPointError("the model's probabilities are not numbers: NaN or infinite weights")
     ended = torch.isin(ids, ends).cumsum(1)  # [N, T] at least 1 from the end token on
     mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
     T = int(mask.sum(1).max())
-    ids = ids.masked_fill(mask == 0, pad_id)[:, :T]  # where all steps have the same shapes, ended rows went on
+    ids = ids.masked_fill(mask == 0, pad_id)[:, :T]  # of a graph, rows went on after their end
     mask = mask[:, :T]
-    truncated = ended[:, -1] == 0
-    return Rollout(prompt_ids, prompt_mask, ids, mask, logprobs[:, :T] * mask, entropy[:, :T] * mask, truncated)
+    logprobs = logprobs[:, :T] * mask
+    entropy = entropy[:, :T] * mask
+    return Rollout(prompt_ids, prompt_mask, ids, mask, logprobs, entropy, truncated=ended[:, -1] == 0)
 
 
 def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
@@ -778,7 +794,8 @@ def grade(tokenizer, rollout, tasks, judge=None):
             verdicts[i, k] = 1 if verdict.satisfied else -1
             known[i, k] = not (verdict.satisfied and needs_judge(rubric))
             if known[i, k]:
-                evidence[i, k, : len(tokens[i])] = torch.tensor(evidence_to_tokens(verdict.evidence, tokens[i]))
+                marks = evidence_to_tokens(verdict.evidence, tokens[i])
+                evidence[i, k, : len(marks)] = torch.tensor(marks)
             else:
                 asked.append((i, k))
                 questions.append(QUESTION.format(task.prompt, text[answer_start(text) :], rubric.criterion))
@@ -1128,6 +1145,11 @@ def masked_mean(x, mask):
     return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
+def loss_denominator(mask, loss):
+    """What the loss is divided by: responses for gspo (a mean of token means), tokens for the others."""
+    return len(mask) if loss == "gspo" else int(mask.sum())
+
+
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=None, denominator=None
 ):
@@ -1147,7 +1169,7 @@ def policy_loss(
     For every one, d loss / d logprobs = -coef / denominator.
     clip: (low, high), by default CLIP's. denominator: that of the whole update, of which this may be a part.
     Statistics: clip_fraction (of the tokens whose ratio the clip changes), approx_kl (k3 estimate of
-    KL(sampler || policy)), and coef [N, T]. Of a loss with a stop-gradient, only the gradient means something.
+    KL(sampler || policy)), and coef [N, T]. The value of a loss with a stop-gradient means nothing.
     Only logprobs gets a gradient. Raises ValueError for an unknown loss, and for other shapes.
     """
     if loss not in CLIP:
@@ -1162,7 +1184,7 @@ def policy_loss(
     old_logprobs = torch.maximum(old_logprobs, logprobs.detach() - 20)  # a ratio is at most exp(20): no NaN
     log_ratio = logprobs - old_logprobs  # [N, T]
     if loss in ("gspo", "dfpo-min", "dfpo-orth"):
-        log_ratio = masked_mean(log_ratio.detach(), mask) + logprobs - logprobs.detach()  # [N, T] of responses
+        log_ratio = masked_mean(log_ratio.detach(), mask) + logprobs - logprobs.detach()  # of responses
     ratio = log_ratio.exp()  # [N, T]
     groups = ratio.detach()[:, 0].view(-1, group_size)  # [P, G] the responses' ratios, for dfpo
     scale = 1.0
@@ -1192,11 +1214,6 @@ def policy_loss(
     if denominator is None:
         denominator = max(loss_denominator(mask, loss), 1)
     return -(objective * scale * mask).sum() / denominator, stats
-
-
-def loss_denominator(mask, loss):
-    """What the loss is divided by: responses for gspo (a mean of token means), tokens for the others."""
-    return len(mask) if loss == "gspo" else int(mask.sum())
 
 
 def micro_batches(rollout, group_size, groups):
@@ -1232,8 +1249,8 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
 
     The denominator is that of the whole update, over all micro-batches and processes, so neither's number
     changes a gradient. The old log-probabilities are the sampler's: no pass is spent on them. Below float32,
-    where the sampler rounds otherwise, they are those of the first update. A step whose gradient is not finite
-    is skipped; statistics are means over the others. reference: for --kl.
+    where the sampler rounds otherwise, they are those of the first update. A step whose gradient is not
+    finite is skipped; statistics are means over the others. reference: for --kl.
     """
     training_mode(model)
     G = config.group_size
@@ -1270,7 +1287,8 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
             done += 1
             for name in names:
                 totals[name] += stats[name]
-    return {name: total / max(done, 1) for name, total in totals.items()} | dict(skipped=config.updates - done)
+    means = {name: total / max(done, 1) for name, total in totals.items()}
+    return means | dict(skipped=config.updates - done)
 
 
 # ==================================================================================================
@@ -1291,7 +1309,7 @@ class Models(NamedTuple):
 
 
 def step_tasks(tasks, step, config):
-    """What a step works on: `config.prompts` tasks, and a seed for sampling each; of these, this process's."""
+    """A step's tasks, `config.prompts` of them, and a seed for sampling each; of these, this process's."""
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62))  # for the discriminator's choice of pairs
     drawn = rng.choices(tasks, k=config.prompts)
@@ -1324,13 +1342,15 @@ def criteria_of(tasks, verdicts):
     G = len(verdicts) // len(tasks)
     criteria = []
     for i, row in enumerate(verdicts.tolist()):
-        rubrics = tasks[i // G].rubrics
-        criteria.append([f"{'yes' if s > 0 else 'no'}: {rubric.criterion}" for rubric, s in zip(rubrics, row)])
+        texts = []
+        for rubric, s in zip(tasks[i // G].rubrics, row):
+            texts.append(f"{'yes' if s > 0 else 'no'}: {rubric.criterion}")
+        criteria.append(texts)
     return criteria
 
 
 def scored_tokens(relevance, evidence, wanted, mask):
-    """relevance and evidence [N, K, T] at the response tokens of the rubrics wanted [N, K]: two tensors [M]."""
+    """relevance, evidence [N, K, T] at the response tokens of the rubrics wanted [N, K]: two tensors [M]."""
     valid = (wanted != 0)[..., None] & (mask[:, None] > 0)  # [N, K, T]
     return relevance[valid].cpu(), evidence[valid].cpu()
 
@@ -1356,11 +1376,12 @@ def token_relevance(discriminator, tasks, rollout, verdicts, evidence, known, co
 def batch_advantages(rewards, verdicts, relevance, mask, config):
     """Section 5 for each group of a batch: rewards [N], verdicts [N, K], relevance [N, K, T] -> [N, T]."""
     advantages = []
-    for start in range(0, len(rewards), config.group_size):
-        group = slice(start, start + config.group_size)
-        response_adv = response_advantage(rewards[group])  # [G]
-        token_adv = token_advantage(verdicts[group], relevance[group], mask[group], config.partition)  # [G, T]
-        advantages.append(combine_advantages(response_adv, token_adv, mask[group], config.alpha, config.combine))
+    G = config.group_size
+    groups = zip(rewards.split(G), verdicts.split(G), relevance.split(G), mask.split(G))
+    for R, s, w, valid in groups:  # [G], [G, K], [G, K, T], [G, T]
+        response_adv = response_advantage(R)  # [G]
+        token_adv = token_advantage(s, w, valid, config.partition)  # [G, T]
+        advantages.append(combine_advantages(response_adv, token_adv, valid, config.alpha, config.combine))
     return torch.cat(advantages)
 
 
@@ -1381,8 +1402,8 @@ def train_step(models, tasks, seeds, config):
     with timed(seconds, "seconds_rollout"):
         rollout = roll_out(policy, tasks, config.group_size, seeds, config)  # ids, mask, logprobs [N, T]
     with timed(seconds, "seconds_verify"):
-        _, verdicts, evidence, known = grade(policy.tokenizer, rollout, tasks, models.judge)  # [N, K], [N, K, T]
-        rewards = response_reward(verdicts, config.reward)  # [N]
+        _, verdicts, evidence, known = grade(policy.tokenizer, rollout, tasks, models.judge)
+        rewards = response_reward(verdicts, config.reward)  # [N, K] -> [N]
     with timed(seconds, "seconds_relevance"):
         relevance, quality = token_relevance(
             models.discriminator, tasks, rollout, verdicts, evidence, known, config
@@ -1403,7 +1424,14 @@ def train_step(models, tasks, seeds, config):
         seconds=sum(seconds.values()),
         tokens_per_second=tokens / sum(seconds.values()),
     )
-    return row | quality | stats | seconds, (tasks[0], rollout.ids[0], rollout.mask[0], verdicts[0], advantages[0])
+    example = (tasks[0], rollout.ids[0], rollout.mask[0], verdicts[0], advantages[0])
+    return row | quality | stats | seconds, example
+
+
+def progress(items, what):
+    """A progress bar, in a terminal, of the one process that speaks."""
+    style = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+    return tqdm(items, what, bar_format=style, disable=RANK > 0 or None, leave=False)
 
 
 def warm_up(models, tasks, config):
@@ -1451,12 +1479,6 @@ def train(models, train_tasks, eval_tasks, out, config, done=0, before=None):
 # In: what the loop has made.  Out: accuracies on held-out prompts, with every response and its evidence; the
 # credit of a response in colours; checkpoints.
 # ==================================================================================================
-
-
-def progress(items, what):
-    """A progress bar, in a terminal, of the one process that speaks."""
-    style = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-    return tqdm(items, what, bar_format=style, disable=RANK > 0 or None, leave=False)
 
 
 def record(index, task, text, truncated, verdicts, known):
@@ -1511,7 +1533,7 @@ def evaluate(policy, tasks, config, judge=None, discriminator=None):
 def table(before, after):
     """Held-out accuracy before and after, overall and per kind of rubric."""
     total = sum(n for _, n in before["kinds"].values())
-    rows = [("instruction level (all rubrics)", before["prompts"], before["instruction"], after["instruction"])]
+    rows = [("instruction level, all rubrics", before["prompts"], before["instruction"], after["instruction"])]
     rows.append(("rubric level", total, before["rubric"], after["rubric"]))
     for kind, (met, n) in before["kinds"].items():
         rows.append((f"  {kind}", n, met / n, after["kinds"][kind][0] / n))
@@ -1614,7 +1636,7 @@ def checked(config):
     if config.clip and (len(config.clip) != 2 or min(config.clip) <= 0):
         raise BadInput("--clip: needs two numbers above 0, how far a ratio may go below and above 1")
     if config.combine == "mix" and config.alpha > 1:
-        raise BadInput("--combine mix: --alpha must be at most 1, or the response level would count backwards")
+        raise BadInput("--combine mix: --alpha must be at most 1, or rewards would count backwards")
     if config.prompts % WORLD:
         raise BadInput(f"--prompts {config.prompts}: {WORLD} processes cannot share them equally")
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
@@ -1700,52 +1722,36 @@ def without_dropout(config):
     return config
 
 
-def context_length(config):
-    """How many tokens a model can read; a huge number where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
-def can_be_recorded(config):
-    """Can a decoding step be a CUDA graph? With full attention and rotary positions that do not rescale."""
-    rotary = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    steady = rotary.get("rope_type", "dynamic") != "dynamic"
-    return steady and not any(DynamicCache(config=config).is_sliding)
-
-
-@contextmanager
-def loading(where):
-    """Turn what transformers raises for a model that cannot be had into one line."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"cannot be loaded from here or the hub ({reason}); python rtt.py alone needs no download"
-        raise BadInput(f"{where}: {reason}") from None
-
-
 def load_policy(where, name, config, dtype, tasks, around=""):
     """The Policy of a local folder or a hub id, with room for these tasks' prompts in its context.
 
     where: for messages. around: what a judge reads beside the prompt. Raises BadInput if it cannot be used.
     """
-    with loading(where):
+    try:
         settings = without_dropout(AutoConfig.from_pretrained(name))
-        if getattr(settings, "quantization_config", None):
-            raise BadInput(f"{where}: is quantised; only weights in floating point can be trained")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        longest = max(len(encode_prompt(tokenizer, task.prompt + around)) for task in tasks)
-        ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
-        if longest == 0:
-            raise BadInput(f"{where}: has no tokenizer, or one without any token")
-        if longest + config.max_new_tokens > context_length(settings):
-            limit = f"exceed the context of {context_length(settings)} tokens"
-            raise BadInput(f"{where}: a prompt of {longest} and --max-new-tokens {config.max_new_tokens} {limit}")
-        model = AutoModelForCausalLM.from_pretrained(name, config=settings, dtype=dtype, use_safetensors=True)
+        quantised = getattr(settings, "quantization_config", None)
+        if not quantised:
+            options = dict(config=settings, dtype=dtype, use_safetensors=True)  # no pickles, no remote code
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"cannot be loaded from here or the hub ({reason}); python rtt.py alone needs no download"
+        raise BadInput(f"{where}: {reason}") from None
+    if quantised:
+        raise BadInput(f"{where}: is quantised; only weights in floating point can be trained")
+    longest = max(len(encode_prompt(tokenizer, task.prompt + around)) for task in tasks)
+    if longest == 0:
+        raise BadInput(f"{where}: has no tokenizer, or one without any token")
+    if longest + config.max_new_tokens > context_length(settings):
+        limit = f"exceed the context of {context_length(settings)} tokens"
+        raise BadInput(f"{where}: a prompt of {longest} and --max-new-tokens {config.max_new_tokens} {limit}")
     kinds = set(getattr(settings.get_text_config(), "layer_types", None) or [])
     needed = {"cache", "position_ids", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys()
     if needed or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
         raise BadInput(f"{where}: has recurrent layers; only attention's past can be shared by a group")
     generation = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
     ends = ends.union(generation if isinstance(generation, list) else [generation]) - {None}
     if not ends:
         raise BadInput(f"{where}: neither its tokenizer nor its generation_config has an end token")
@@ -1754,8 +1760,7 @@ def load_policy(where, name, config, dtype, tasks, around=""):
 
 def load_models(tasks, config):
     """All models of a run. Raises BadInput."""
-    where = f"--model {config.model}"
-    policy = load_policy(where, config.model, config, torch.float32, tasks)
+    policy = load_policy(f"--model {config.model}", config.model, config, torch.float32, tasks)
     judge = None
     discriminator = None
     reference = None
@@ -1769,11 +1774,11 @@ def load_models(tasks, config):
         if yes <= no or no <= yes:
             raise BadInput(f"--judge {name}: its tokenizer begins yes and no alike")
     if not config.eval_only and config.relevance == "discriminator" and config.alpha:
-        with loading(where):
-            settings = without_dropout(AutoConfig.from_pretrained(config.model))
-            transformers.logging.set_verbosity_error()  # it says that the language model's head is not used
-            base = AutoModel.from_pretrained(config.model, config=settings, dtype=torch.float32)
-            transformers.logging.set_verbosity_warning()
+        settings = without_dropout(AutoConfig.from_pretrained(config.model))
+        transformers.logging.set_verbosity_error()  # it says that the language model's head is not used
+        options = dict(config=settings, dtype=torch.float32, use_safetensors=True)
+        base = AutoModel.from_pretrained(config.model, **options)
+        transformers.logging.set_verbosity_warning()
         base = base.to(config.device)
         discriminator = RelevanceDiscriminator(base, policy.tokenizer, config.discriminator_lr, config.dtype)
     if not config.eval_only and config.kl:
@@ -1790,25 +1795,18 @@ def load_models(tasks, config):
 
 
 def open_run(config):
-    """The run's folder, new or to be resumed, and a lock on it. Raises BadInput if it is not free."""
+    """The run's folder: a new one, or that of the run to be resumed. Raises BadInput if it holds anything."""
     out = Path(config.resume or config.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
-    if not config.resume and out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
-        raise BadInput(f"--out {out}: is not empty; name a new folder, or go on with --resume {out}")
     out.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(out / ".lock")
-    try:
-        if RANK == 0:
-            lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise BadInput(f"{out}: another process works in this folder") from None
-    return out, lock
+    taken = [path.name for path in out.iterdir() if not path.name.startswith(".lock")]
+    if taken and RANK == 0 and not config.resume:
+        raise BadInput(f"--out {out}: is not empty; name a new folder, or go on with --resume {out}")
+    return out
 
 
-def run(config):
-    """Check the input, load, measure, train, measure again, save."""
+def run(config, train_tasks, eval_tasks, out):
+    """Load, measure, train, measure again, save."""
     start = time.perf_counter()
-    train_tasks, eval_tasks = load_both(config.data, config.rubrics, config.eval_only)
-    out, lock = open_run(config)
     torch.manual_seed(config.seed)
     models = load_models(train_tasks + eval_tasks, config)
     policy = models.policy
@@ -1834,9 +1832,9 @@ def run(config):
         print(f"a step: {', '.join(means)}; {fmean(row['tokens_per_second'] for row in rows):.0f} tokens/s")
         policy.model.save_pretrained(out / "policy")
         policy.tokenizer.save_pretrained(out / "policy")
-    write_whole(out / "responses.jsonl", "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records))
+    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in records]
+    write_whole(out / "responses.jsonl", "".join(lines))
     write_whole(out / "result.json", json.dumps(dict(before=before, after=after), indent=2) + "\n")
-    lock.release()
     print(f"{time.perf_counter() - start:.0f} s in all; everything is in {out}")
 
 
@@ -1856,7 +1854,10 @@ def main(argv=None):
             dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
-        run(config)
+        tasks = load_both(config.data, config.rubrics, config.eval_only)
+        out = open_run(config)
+        with filelock.FileLock(out / f".lock{RANK}", timeout=0):  # one run at a time in a folder
+            run(config, *tasks, out)
         if WORLD > 1:
             dist.destroy_process_group()
     except (BadInput, FloatingPointError, OSError) as error:
@@ -1949,7 +1950,7 @@ def number_words(text, num_words: int, relation: Relation):
 
 
 def divided(text, divider, parts):
-    """The verdict on "exactly so many parts, none empty, with `divider` between them"; it may stand at the ends."""
+    """The verdict on "exactly so many parts, none empty, with `divider` between them", perhaps at the ends."""
     pieces = text.split(divider)
     marks = spans(re.escape(divider), text)
     doubled = [mark for mark, piece in zip(marks[1:], pieces[1:-1]) if not piece.strip()]

@@ -1972,8 +1972,8 @@ rtt.main(sys.argv[1:])
 
 def test_a_second_process_in_a_folder_is_refused_and_bad_resumes(finished, folder, data, capsys, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
-    with filelock.FileLock(out / ".lock"):
-        assert "another process" in refused(capsys, "--resume", out)
+    with filelock.FileLock(out / ".lock0"):
+        assert "lock" in refused(capsys, "--resume", out)
     assert "not empty" in refused(capsys, "--model", folder, "--data", data, "--out", out, *SMALL)
     assert "only --steps" in refused(capsys, "--resume", out, "--lr", "1")
     assert "6 are done" in refused(capsys, "--resume", out, "--steps", "5")
