@@ -36,7 +36,7 @@ once its ratio has left a small range around 1.
     r = s * w   [G, K, T]  reward              three-dimensional reward space: response, rubric, token
     a           [G, T]     token_adv           r normalised over a partition of it, mean over rubrics
     A + alpha*a [N, T]     advantages          alpha: how much the token level counts
-    rho         [N, T]     ratio               new over old probability, of a token or of its whole response
+    -           [N, T]     ratio               new over old probability, of a token or of its whole response
     c           [N, T]     coef                advantage * weight: multiplies each grad log pi
 
     python rtt.py                         the embedded model and stories: minutes on a laptop, no download
@@ -101,7 +101,10 @@ CLIP = {  # the losses, and how far below and above 1 a ratio may go; a response
 
 def setting(default, text, *choices):
     """One line of Config: the default of a setting, what --help says of it, and what it may be."""
-    return field(default=default, metadata=dict(help=text, choices=choices) if choices else dict(help=text))
+    metadata = dict(help=text)
+    if choices:
+        metadata["choices"] = choices
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -173,9 +176,9 @@ class BadInput(Exception):
 # is a rubric of the id JUDGED.
 #
 # The five verifiers here show the kinds of evidence: a word that is there, a word that must not be there,
-# what is counted, the end of the response, and a property of the whole text.  A verdict that rests on no character
-# (a forbidden word that is absent) has no evidence.  One that rests on the response ending where it does has
-# the empty span (len, len), which stands for the end token.  The other twenty of IFEval are in the appendix.
+# what is counted, the end of the response, and a property of the whole text.  A verdict that rests on no
+# character (a forbidden word that is absent) has no evidence.  One that rests on the response ending where it
+# does has the empty span (len, len), which stands for the end token.  IFEval's other twenty: the appendix.
 # ==================================================================================================
 
 JUDGED = "judge"  # the id of a rubric that is a criterion in words
@@ -235,10 +238,10 @@ def counted(found, relation, bound):
 
 def all_of(verdicts):
     """The verdict that all are satisfied. It rests on all of them, or on those that are not."""
-    satisfied = all(fine for fine, _ in verdicts)
+    satisfied = all(met for met, _ in verdicts)
     evidence = []
-    for fine, found in verdicts:
-        if fine == satisfied:
+    for met, found in verdicts:
+        if met == satisfied:
             evidence += found
     return satisfied, evidence
 
@@ -304,14 +307,14 @@ def verify(rubric, response, prompt=""):
     What a model thinks, up to </think>, is not judged. A criterion in words waits for the judge: here it is
     satisfied by all that is not blank. `prompt`: what it responds to; no rule here needs it.
     """
-    start = answer_start(response)
-    answer = response[start:]
+    offset = answer_start(response)
+    answer = response[offset:]
     if not answer.strip():
         return Verdict(False, end_of(response))
     if rubric.id == JUDGED:
         return Verdict(True, [])
     satisfied, evidence = VERIFIERS[rubric.id](answer, **rubric.kwargs)
-    return Verdict(bool(satisfied), sorted((start + a, start + b) for a, b in evidence))
+    return Verdict(bool(satisfied), sorted((offset + start, offset + end) for start, end in evidence))
 
 
 KINDS = {int: "a whole number of at least 1", str: "a text that is not blank", list[str]: "a list of words"}
@@ -341,7 +344,9 @@ def make_rubric(rubric_id, kwargs):
             allowed = KINDS.get(kind) or f"one of {', '.join(get_args(kind))}"
             raise BadInput(f"{rubric_id}: {name!r} must be {allowed}, not {json.dumps(value)}")
         kept[name] = int(value) if kind is int else value  # 3.0 is 3
-        words[name] = ", ".join(value) if kind == list[str] else LANGUAGES.get(kept[name], kept[name])
+        words[name] = ", ".join(value) if kind == list[str] else kept[name]
+    if "language" in kept:
+        words["language"] = LANGUAGES[kept["language"]]
     return Rubric(rubric_id, kept, function.__doc__.format(**words))
 
 
@@ -411,8 +416,9 @@ def load_tasks(path_or_hub_id, split="train"):
 # In: P prompts as token ids.  Out: G responses to each, N = P*G rows, with the log-probability of every
 # sampled token.  Temperature is the only knob: a hidden top-k or repetition penalty would make the
 # distribution that is sampled another than the one that is scored, and every ratio wrong from the start.
-# `token_logprobs` scores the same tokens again, with gradients.  Both compute a prompt once for its group:
-# all of it but the last token goes into a cache, which is then repeated for the group's rows.
+# `token_logprobs` scores the same tokens again, with gradients.  But with a CUDA graph or with gradient
+# checkpointing, a prompt is computed once for its group: all of it but the last token goes into a cache, which
+# is then repeated for the group's rows.
 # ==================================================================================================
 
 
@@ -450,7 +456,9 @@ def render(tokenizer, *turns):
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
         reason = str(error).partition("\n")[0]
         raise BadInput(f"{tokenizer.name_or_path}: its chat template fails ({reason})") from None
-    return f"{text.rstrip()}\n\n</think>\n\n" if text.rstrip().endswith("<think>") else text
+    if text.rstrip().endswith("<think>"):
+        text = f"{text.rstrip()}\n\n</think>\n\n"
+    return text
 
 
 def encode_prompt(tokenizer, prompt):
@@ -492,9 +500,10 @@ def left_padded(rows, pad_id, device):
 
 
 def draw(logp, uniform):
-    """One token a row by inverse CDF: logp [N, V] log-probabilities, uniform [N] in [0, 1) -> [N].
+    """One token a row: logp [N, V] log-probabilities, uniform [N] in [0, 1) -> [N].
 
-    Not torch.multinomial: one number a token, drawn beforehand, makes a row independent of the others.
+    The first whose cumulative probability exceeds the row's uniform number (inverse CDF). Not
+    torch.multinomial: one number a token, drawn beforehand, makes a row independent of the others.
     """
     cdf = logp.float().exp().cumsum(-1)  # [N, V], up to 1 or, by rounding, nearly so
     token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # [N, 1]
@@ -699,11 +708,13 @@ def token_spans(tokenizer, responses):
     Nothing is encoded again. A character that is spread over several tokens (byte-level BPE, emoji, Chinese)
     is written by each of them.
     """
-    anchor = token_ids(tokenizer, "a")[-1:]  # SentencePiece drops a leading space
+    anchor = token_ids(tokenizer, "a")[-1:]
 
     @functools.cache
-    def decoded(tokens):
-        return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decoded(*ids):
+        """What tokens write after an "a": at the beginning of a text SentencePiece drops a space."""
+        options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return tokenizer.decode(anchor + list(ids), **options)[1:]
 
     texts = []
     tokens = []
@@ -714,7 +725,7 @@ def token_spans(tokenizer, responses):
         start = 0  # of the next token
         for token in ids:
             pending = (*pending, token)
-            piece = decoded((*anchor, *pending))[len(decoded((*anchor,))) :]
+            piece = decoded(*pending)
             whole = piece.rstrip("\ufffd")  # the sign for bytes that are no character, or not yet
             end = len(text) + len(whole)
             row.append((start, end if whole == piece else end + 1))
@@ -763,6 +774,7 @@ def judge_yes(judge, questions, batch=64):
         ids, mask = left_padded([rows[m] for m in part], 0, judge.model.device)
         options = dict(attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1)
         logits = judge.model(ids, **options).logits[:, -1].float()  # [m, V]
+        # what can begin both says nothing
         odds = logits[:, list(yes - no)].logsumexp(1) - logits[:, list(no - yes)].logsumexp(1)
         sure[part] = odds.sigmoid().cpu()
     return sure
@@ -792,7 +804,7 @@ def grade(tokenizer, rollout, tasks, judge=None):
         for k, rubric in enumerate(task.rubrics):
             verdict = verify(rubric, text, task.prompt)
             verdicts[i, k] = 1 if verdict.satisfied else -1
-            known[i, k] = not (verdict.satisfied and needs_judge(rubric))
+            known[i, k] = not (verdict.satisfied and needs_judge(rubric))  # a rule that says no is final
             if known[i, k]:
                 marks = evidence_to_tokens(verdict.evidence, tokens[i])
                 evidence[i, k, : len(marks)] = torch.tensor(marks)
@@ -1160,7 +1172,8 @@ def policy_loss(
       "grpo":       per-token ratio, PPO's clip (GRPO with a token mean).
       "grpo-fix":   stop-gradient of the clipped per-token ratio, whatever the advantage's sign (TGC).
       "grpo-mask":  stop-gradient of the per-token ratio, 0 outside the clip range whatever the advantage's
-                    sign (as IcePop masks, arXiv:2510.18855). Not TGC's: it cancels and lets go.
+                    sign (as IcePop masks, arXiv:2510.18855). Not TGC's: shared tokens cancel, and
+                    tokens outside the range are let go.
       "gspo":       the response's ratio, geometric mean over its tokens, PPO's clip, a mean of token means.
                     Written token by token (GSPO-token), the same where advantages are constant in a response.
       "dfpo-min", "dfpo-orth":  stop-gradient of the responses' ratios after min_replace or adv_orthogonal
@@ -1184,9 +1197,10 @@ def policy_loss(
     old_logprobs = torch.maximum(old_logprobs, logprobs.detach() - 20)  # a ratio is at most exp(20): no NaN
     log_ratio = logprobs - old_logprobs  # [N, T]
     if loss in ("gspo", "dfpo-min", "dfpo-orth"):
-        log_ratio = masked_mean(log_ratio.detach(), mask) + logprobs - logprobs.detach()  # of responses
+        # its value is the response's mean, its gradient each token's own
+        log_ratio = masked_mean(log_ratio.detach(), mask) + logprobs - logprobs.detach()
     ratio = log_ratio.exp()  # [N, T]
-    groups = ratio.detach()[:, 0].view(-1, group_size)  # [P, G] the responses' ratios, for dfpo
+    groups = ratio.detach()[:, 0].view(-1, group_size)  # [P, G] the first token's ratio; dfpo: the response's
     scale = 1.0
     if loss == "grpo":
         objective, weight = clipped_objective(ratio, advantages, low, high)
@@ -1247,8 +1261,8 @@ def mean_residual(coef, rollout, group_size):
 def update(model, optimizer, rollout, advantages, config, reference=None):
     """`config.updates` optimiser steps on one rollout; advantages [N, T]. Returns statistics (a dict).
 
-    The denominator is that of the whole update, over all micro-batches and processes, so neither's number
-    changes a gradient. The old log-probabilities are the sampler's: no pass is spent on them. Below float32,
+    The denominator is that of the whole update, so the gradient does not depend on how many micro-batches or
+    processes there are. The old log-probabilities are the sampler's: no pass is spent on them. Below float32,
     where the sampler rounds otherwise, they are those of the first update. A step whose gradient is not
     finite is skipped; statistics are means over the others. reference: for --kl.
     """
@@ -1268,14 +1282,15 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
             mask = rollout.mask[rows, :T]
             with precision(config.device, config.dtype):
                 logprobs = token_logprobs(model, ids, attention, T, config.temperature, shared)  # [n, T]
-            if number == 0 and config.dtype != "float32":  # nothing was learned yet: the ratio is 1
+            if number == 0 and config.dtype != "float32":  # this pass is the old policy's, too
                 old_logprobs[rows, :T] = logprobs.detach()
             tensors = (logprobs, old_logprobs[rows, :T], advantages[rows, :T], mask)
             loss, part = policy_loss(*tensors, G, config.loss, config.clip, denominator)
             if reference is not None:
                 with torch.no_grad(), precision(config.device, config.dtype):
-                    anchor = token_logprobs(reference, ids, attention, T, config.temperature, G)
-                loss = loss + config.kl * k3(logprobs, anchor).sum() / tokens  # both are 0 at padding
+                    reference_logprobs = token_logprobs(reference, ids, attention, T, config.temperature, G)
+                penalty = k3(logprobs, reference_logprobs).sum() / tokens  # both are 0 at padding
+                loss = loss + config.kl * penalty
             loss.backward()
             coef[rows, :T] = part["coef"]
             stats["loss"] += loss.item()
@@ -1359,10 +1374,10 @@ def token_relevance(discriminator, tasks, rollout, verdicts, evidence, known, co
     """Relevance [N, K, T] by the source that was asked for, and a dict: how near a learned one comes."""
     if config.relevance == "uniform":
         return torch.ones_like(evidence), {}
-    if config.relevance == "evidence" or not discriminator:
-        return evidence, {}
     if config.relevance == "shuffled":
         return shuffled(evidence, rollout.mask), {}
+    if config.relevance == "evidence" or config.alpha == 0:  # where alpha is 0, nothing uses it
+        return evidence, {}
     criteria = criteria_of(tasks, verdicts)
     wanted = verdicts
     if config.partition in ("verdict", "contested", "cross"):  # where a group agrees, they need no relevance
@@ -1387,7 +1402,7 @@ def batch_advantages(rewards, verdicts, relevance, mask, config):
 
 @contextmanager
 def timed(seconds, phase):
-    """Add the seconds that the block takes to seconds[phase]."""
+    """Set seconds[phase] to what the block takes."""
     start = time.perf_counter()
     yield
     if torch.accelerator.is_available():
@@ -1448,7 +1463,7 @@ def warm_up(models, tasks, config):
 def train(models, train_tasks, eval_tasks, out, config, done=0, before=None):
     """Warm-up, then the steps after `done`; one line a step to metrics.jsonl, and checkpoints.
 
-    done, before: steps, and the first evaluation, from a checkpoint or for the next.
+    done: steps that were made already. before: the evaluation before training, kept in checkpoints.
     """
     if models.discriminator and done == 0:
         warm_up(models, train_tasks, config)
@@ -1533,8 +1548,10 @@ def evaluate(policy, tasks, config, judge=None, discriminator=None):
 def table(before, after):
     """Held-out accuracy before and after, overall and per kind of rubric."""
     total = sum(n for _, n in before["kinds"].values())
-    rows = [("instruction level, all rubrics", before["prompts"], before["instruction"], after["instruction"])]
-    rows.append(("rubric level", total, before["rubric"], after["rubric"]))
+    rows = [
+        ("instruction level (all rubrics)", before["prompts"], before["instruction"], after["instruction"]),
+        ("rubric level", total, before["rubric"], after["rubric"]),
+    ]
     for kind, (met, n) in before["kinds"].items():
         rows.append((f"  {kind}", n, met / n, after["kinds"][kind][0] / n))
     lines = [f"{'held-out accuracy, %':<42}{'count':>7}{'before':>9}{'after':>9}{'change':>9}"]
@@ -1613,7 +1630,7 @@ def load_checkpoint(out, models):
         before = state["before"]
     if (out / "metrics.jsonl").is_file():
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        write_whole(out / "metrics.jsonl", "".join(lines[:done]))
+        write_whole(out / "metrics.jsonl", "".join(lines[:done]))  # a line is a step
     return done, before
 
 
@@ -1771,7 +1788,7 @@ def load_models(tasks, config):
         judge = load_policy(f"--judge {name}", name, config, getattr(torch, config.dtype), judged, around)
         yes = first_tokens(judge.tokenizer, "yes")
         no = first_tokens(judge.tokenizer, "no")
-        if yes <= no or no <= yes:
+        if not (yes - no and no - yes):
             raise BadInput(f"--judge {name}: its tokenizer begins yes and no alike")
     if not config.eval_only and config.relevance == "discriminator" and config.alpha:
         settings = without_dropout(AutoConfig.from_pretrained(config.model))
@@ -1861,7 +1878,7 @@ def main(argv=None):
         if WORLD > 1:
             dist.destroy_process_group()
     except (BadInput, FloatingPointError, OSError) as error:
-        print(f"rtt.py: {error}", file=sys.stderr)
+        print(f"rtt.py: {error}".partition("\n")[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("rtt.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
@@ -1950,7 +1967,7 @@ def number_words(text, num_words: int, relation: Relation):
 
 
 def divided(text, divider, parts):
-    """The verdict on "exactly so many parts, none empty, with `divider` between them", perhaps at the ends."""
+    """The verdict on "exactly so many parts, none empty, with `divider` between them" (or at the ends)."""
     pieces = text.split(divider)
     marks = spans(re.escape(divider), text)
     doubled = [mark for mark, piece in zip(marks[1:], pieces[1:-1]) if not piece.strip()]

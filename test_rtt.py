@@ -1893,6 +1893,41 @@ def test_a_run_in_bfloat16_keeps_its_weights_in_float32(folder, data, tmp_path, 
     assert set(seen) == {torch.float32} and close(rows[0]["entropy"], whole[0]["entropy"], 0.1)
 
 
+def test_the_relevance_that_was_asked_for_is_the_one_that_is_used(discriminator):
+    ids, mask = responses(8)
+    rollout = rtt.Rollout(None, None, ids, mask, None, None, None)
+    tasks = [rtt.Task("p", [rtt.Rubric("a", {}, "find it"), rtt.Rubric("b", {}, "leave it")])] * 2
+    verdicts = torch.tensor([[1, 1], [-1, 1], [1, 1], [1, 1]] * 2)  # each group agrees on the second rubric
+    evidence = (ids == 77).float()[:, None].repeat(1, 2, 1) * mask[:, None]
+    known = verdicts != 0
+    inputs = (tasks, rollout, verdicts, evidence, known)
+
+    def relevance(kind, **options):
+        return rtt.token_relevance(discriminator, *inputs, rtt.Config(group_size=4, relevance=kind, **options))
+
+    assert torch.equal(relevance("evidence")[0], evidence) and relevance("uniform")[0].eq(1).all()
+    moved, _ = relevance("shuffled")
+    assert torch.equal(moved.sum(2), evidence.sum(2)) and not torch.equal(moved, evidence)
+    criteria = rtt.criteria_of(tasks, verdicts)
+    assert criteria[1] == ["no: find it", "yes: leave it"]
+    everything = discriminator.predict(criteria, ids, mask, verdicts)
+    learned, quality = relevance("discriminator", partition="verdict")
+    assert close(learned[:, 0], everything[:, 0]) and not learned[:, 1].any()  # nothing is contested there
+    assert quality["auroc"] == rtt.f1_and_auroc(*rtt.scored_tokens(learned, evidence, rtt.contested(verdicts, 4), mask))[1]
+    again, _ = relevance("discriminator", partition="intra")
+    assert again[:, 1].any() and not close_enough(again[:, 0], everything[:, 0])  # it has learned meanwhile
+
+
+def close_enough(a, b):
+    return torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_criterion_names_the_language_and_no_other_word(tmp_path):
+    assert rtt.make_rubric("language:response_language", dict(language="it")).criterion == "respond entirely in Italian"
+    frequency = dict(keyword="it", frequency=2, relation="at least")
+    assert rtt.make_rubric("keywords:frequency", frequency).criterion == "use the word it at least 2 times"
+
+
 def test_shuffled_relevance_is_the_same_credit_on_other_tokens_of_the_same_response():
     torch.manual_seed(0)
     mask = (torch.arange(9) < torch.tensor([9, 5, 1])[:, None]).long()  # [N, T]
