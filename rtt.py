@@ -352,6 +352,7 @@ def make_rubric(rubric_id, kwargs):
 
 def make_task(row):
     """A checked Task from one row of data. Raises BadInput."""
+    json.dumps(row, ensure_ascii=False).encode()  # a ValueError for half of a surrogate pair
     prompt = row.get("prompt")
     ids = row.get("instruction_id_list") or []
     kwargs = [{} if each is None else each for each in row.get("kwargs") or []]
@@ -395,12 +396,14 @@ def load_tasks(path_or_hub_id, split="train"):
     tasks = []
     ignored = set()
     for number, row in enumerate(read_rows(path, split), 1):
+        if isinstance(row, bytes) and not row.strip():
+            continue
         try:
             row = json.loads(row) if isinstance(row, bytes) else row
             tasks.append(make_task(row))
         except BadInput as error:
             raise BadInput(f"{path}:{number}: {error}") from None
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path}:{number}: not a JSON object of this schema: {error}") from None
         ignored |= row.keys() - {"prompt", "instruction_id_list", "kwargs", "rubrics", "key"}
     if not tasks:
@@ -417,8 +420,8 @@ def load_tasks(path_or_hub_id, split="train"):
 # sampled token.  Temperature is the only knob: a hidden top-k or repetition penalty would make the
 # distribution that is sampled another than the one that is scored, and every ratio wrong from the start.
 # `token_logprobs` scores the same tokens again, with gradients.  But with a CUDA graph or with gradient
-# checkpointing, a prompt is computed once for its group: all of it but the last token goes into a cache, which
-# is then repeated for the group's rows.
+# checkpointing, a prompt is computed once for its group: all of it but the last token goes into a cache,
+# which is then repeated for the group's rows.
 # ==================================================================================================
 
 
@@ -475,9 +478,10 @@ def encode_prompt(tokenizer, prompt):
         raise BadInput(f"{tokenizer.name_or_path}: its chat template leaves the prompt out")
     if token_ids(tokenizer, prompt) == token_ids(tokenizer, prompt, special=False):
         return token_ids(tokenizer, text)  # as a whole: a token may reach over the prompt's edge
-    before, after = text.split(prompt.strip(), 1)
-    content = token_ids(tokenizer, prompt.strip(), special=False)
-    return token_ids(tokenizer, before) + content + token_ids(tokenizer, after)
+    before, after = render(tokenizer, "~prompt~").split("~prompt~", 1)
+    content = text.removeprefix(before).removesuffix(after)  # a template may strip what it is given
+    content_ids = token_ids(tokenizer, content, special=False)
+    return token_ids(tokenizer, before) + content_ids + token_ids(tokenizer, after)
 
 
 def context_length(config):
@@ -1296,6 +1300,7 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
             stats["loss"] += loss.item()
             for name in ("clip_fraction", "approx_kl"):
                 stats[name] += part[name] * float(mask.sum() / tokens)
+        stats = defaultdict(float, {name: sum(gather(value)) for name, value in stats.items()})
         stats["grad_norm"] = descend(model, optimizer, config.max_grad_norm)
         stats["residual"] = mean_residual(coef, rollout, G)
         if math.isfinite(stats["grad_norm"]):
@@ -1650,7 +1655,7 @@ def checked(config):
     for name, least in LEAST.items():
         if not least <= getattr(config, name) < 2**62:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    if config.clip and (len(config.clip) != 2 or min(config.clip) <= 0):
+    if config.clip and (len(config.clip) != 2 or not all(x > 0 for x in config.clip)):
         raise BadInput("--clip: needs two numbers above 0, how far a ratio may go below and above 1")
     if config.combine == "mix" and config.alpha > 1:
         raise BadInput("--combine mix: --alpha must be at most 1, or rewards would count backwards")
@@ -1814,9 +1819,10 @@ def load_models(tasks, config):
 def open_run(config):
     """The run's folder: a new one, or that of the run to be resumed. Raises BadInput if it holds anything."""
     out = Path(config.resume or config.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
+    out = gather(out)[0]  # the first process's
     out.mkdir(parents=True, exist_ok=True)
     taken = [path.name for path in out.iterdir() if not path.name.startswith(".lock")]
-    if taken and RANK == 0 and not config.resume:
+    if any(gather(bool(taken))) and not config.resume:
         raise BadInput(f"--out {out}: is not empty; name a new folder, or go on with --resume {out}")
     return out
 

@@ -472,7 +472,9 @@ def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path
     kwargs = [dict(num_words=3.0, relation="at least", keywords=None, frequency=2), None]
     rules = dict(instruction_id_list=["length_constraints:number_words", "punctuation:no_comma"], kwargs=kwargs)
     rows = [dict(prompt="Go.", key=n, ground_truth="{}", rubrics=["is kind"], **rules) for n in range(2)]
-    task = rtt.load_tasks(write_rows(tmp_path / "a.jsonl", *rows))[1]
+    path = write_rows(tmp_path / "a.jsonl", *rows)
+    path.write_text(path.read_text().replace("\n", "\n\n"))  # blank lines are nothing
+    task = rtt.load_tasks(path)[1]
     words = rtt.Rubric("length_constraints:number_words", dict(num_words=3, relation="at least"), "write at least 3 words")
     no_comma = rtt.Rubric("punctuation:no_comma", {}, "do not use commas")
     assert task == rtt.Task("Go.", [words, no_comma, rtt.Rubric(rtt.JUDGED, {}, "is kind")])
@@ -485,6 +487,8 @@ BAD_ROWS = {
     "not JSON": b"{",
     "not UTF-8": b'{"prompt": "\xff"}',
     "not an object": b"3",
+    "not text": b'{"prompt": "half of an emoji \\ud83d"}',
+    "not so deep": b"[" * 100_000,
     "no prompt": dict(ROW, prompt=" "),
     "'messages' are not read": dict(messages=[dict(role="user", content="Go.")], ground_truth="{}"),
     "unknown instruction id": dict(ROW, instruction_id_list=["punctuation:none"]),
@@ -1812,11 +1816,14 @@ def test_what_reads_like_a_special_token_in_a_prompt_stays_text(kind):
 
     for prompt in ("Tell a story.", " Tell 😀\n", "\nA <tag> [INST] & |>"):  # as always
         assert rtt.encode_prompt(coder, prompt) == coder(rendered(prompt), add_special_tokens=False).input_ids
-    spelled = f"Tell{coder.eos_token} me{coder.eos_token}"
-    ids = rtt.encode_prompt(coder, spelled)
     ordinary = rtt.encode_prompt(coder, "Tell.")
-    assert coder.decode(ids) == rendered(spelled)
-    assert [i for i in ids if i in coder.all_special_ids] == [i for i in ordinary if i in coder.all_special_ids]
+    for spelled in (f"Tell{coder.eos_token} me{coder.eos_token}", "<|im_start|>user", f" {coder.eos_token}\n"):
+        ids = rtt.encode_prompt(coder, spelled)
+        assert coder.decode(ids) == rendered(spelled)
+        special = [(n, i) for n, i in enumerate(ids) if i in coder.all_special_ids]
+        expected = [(n, i) for n, i in enumerate(ordinary) if i in coder.all_special_ids]
+        assert [i for _, i in special] == [i for _, i in expected]
+        assert special[:1] == expected[:1]  # the template's, which stands first
 
 
 def test_a_response_that_spells_a_special_token_cannot_end_the_judges_question(tokenizer):
@@ -2040,6 +2047,7 @@ def test_no_character_of_what_is_shown_ends_a_run_and_a_step_is_saved_before_it(
         ("--lr nan", "--lr nan"),
         ("--group-size 1", "at least 2"),
         ("--clip 0.1", "two numbers"),
+        ("--clip 0.2 nan", "two numbers"),
         ("--combine mix --alpha 2", "at most 1"),
         ("--device mps", "--device mps"),
         ("--bogus 3", "--bogus"),
@@ -2092,7 +2100,9 @@ def test_two_processes_do_what_one_does(folder, data, finished, tmp_path):
     both = load_file(tmp_path / "run" / "policy" / "model.safetensors")
     one = load_file(tmp_path / "alone" / "policy" / "model.safetensors")
     assert all(close(both[name], one[name], 1e-4) for name in one)
-    assert read(tmp_path / "run" / "metrics.jsonl")[0]["loss"] is not None and alone[0]["step"] == 1
+    row = read(tmp_path / "run" / "metrics.jsonl")[0]
+    for name in ("loss", "grad_norm", "clip_fraction", "approx_kl"):
+        assert row[name] == pytest.approx(alone[0][name], rel=1e-2, abs=1e-5), name
 
 
 def test_a_response_is_shown_whole(tokenizer):
