@@ -4,9 +4,9 @@ r"""Rubrics to Tokens: reinforcement learning from rubrics with token-level cred
 A prompt comes with several rubrics (criteria). A reward for the whole response says how many were met, not
 where. RTT (Rubrics to Tokens, arXiv:2604.02795) asks a small discriminator which tokens are responsible for
 each verdict, and adds a token-level advantage to GRPO's response-level one. TGC (Token Gradient Cancellation,
-arXiv:2604.13088) asks of any such objective that tokens which all responses of a group share be left alone,
-and repairs the weights where they are not. Both speak of one tensor: the coefficient with which each token's
-log-probability is pushed up or down.
+arXiv:2604.13088) says that tokens which all responses of a group share should not move, and changes the
+weights of the responses so that they do not. Both speak of one tensor: the coefficient with which each
+token's log-probability is pushed up or down.
 
 In GRPO, on which both build, the policy (the language model in training) answers each prompt with a group of
 rollouts (sampled responses). The advantage of a response is how far its reward lies above the group's mean,
@@ -33,7 +33,7 @@ once its ratio has left a small range around 1.
     w           [N, K, T]  relevance           in [0, 1]: is the token responsible for the verdict?
     R           [N]        rewards             "aon": all rubrics or nothing; "csr": share satisfied
     A           [G]        response_adv        (R - mean) / std over the group
-    r = s * w   [G, K, T]  reward              three-dimensional reward space: response, rubric, token
+    r = s * w   [G, K, T]  token_reward        three-dimensional reward space: response, rubric, token
     a           [G, T]     token_adv           r normalised over a partition of it, mean over rubrics
     A + alpha*a [N, T]     advantages          alpha: how much the token level counts
     -           [N, T]     ratio               new over old probability, of a token or of its whole response
@@ -1024,23 +1024,23 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     discriminator that sees nothing anywhere still makes one of 0.01 from noise: with eps = 0.1 the first
     keeps most of its credit, and the noise is not blown up to full size.
     """
-    signs = verdicts.float()  # [G, K]; float first: relevance must not be cut to whole numbers
+    signs = verdicts.float()  # [G, K]; whole numbers would cut a relevance of 0.7 to 0
     exists = (signs != 0).float()  # [G, K]
     valid = mask[:, None].float() * exists[..., None]  # [G, K, T]
     relevance = relevance.masked_fill(valid == 0, 0.0)  # [G, K, T]
-    reward = signs[..., None] * relevance  # [G, K, T]
+    token_reward = signs[..., None] * relevance  # [G, K, T]
     verdict_adv = masked_normalize(signs, exists, 0, eps)[..., None]  # [G, K, 1]
     rubrics = exists.sum(1).clamp(min=1)[:, None]  # [G, 1]
     if partition == "intra":
-        advantage = masked_normalize(reward, valid, 2, eps)
+        advantage = masked_normalize(token_reward, valid, 2, eps)
     elif partition == "inter":
-        advantage = masked_normalize(reward, valid, (0, 2), eps)
+        advantage = masked_normalize(token_reward, valid, (0, 2), eps)
     elif partition == "rubric":
-        return masked_normalize(reward.sum(1) / rubrics, mask.float(), (0, 1), eps)
+        return masked_normalize(token_reward.sum(1) / rubrics, mask.float(), (0, 1), eps)
     elif partition == "verdict":
         advantage = verdict_adv * relevance
     elif partition == "contested":
-        advantage = masked_normalize(reward, valid, 2, eps) * (verdict_adv != 0)
+        advantage = masked_normalize(token_reward, valid, 2, eps) * (verdict_adv != 0)
     elif partition == "cross":
         advantage = verdict_adv * masked_normalize(relevance, valid, (0, 2), eps)
     else:
@@ -1077,11 +1077,13 @@ def contested(verdicts, group_size):
 # responses they do not, unless the weights are first made constant or orthogonal to the advantages.
 # What is left over is the learning tax: the policy drifts, and no response is the better for it.
 # TGC's word for the condition is exchangeable: it must not matter in which response a shared token stands.
-# A ratio of each token is harmless, for the same token after the same text has one ratio. What breaks it:
-# PPO's one-sided clip, which lets go of a token in some responses and not in others, by their advantages'
-# signs ("grpo"); one ratio for a whole response, and the division by its length |y|, even on policy ("gspo").
-# (A token channel must sum to 0 by itself. Of the partitions of section 5 "verdict" and "cross" do, where a
-# shared token has the same relevance in all responses; a learned relevance comes near to that.)
+#
+# What breaks it: PPO's one-sided clip, which lets go of a token in some responses and not in others, by their
+# advantages' signs ("grpo"); one ratio for a whole response, and the division by its length |y|, even on
+# policy ("gspo").  A ratio of each token is harmless: the same token after the same text has one ratio.
+#
+# A token channel must sum to 0 by itself.  Of the partitions of section 5 "verdict" and "cross" do, where a
+# shared token has the same relevance in all responses; a learned relevance comes near to that.
 # ==================================================================================================
 
 
@@ -1534,18 +1536,20 @@ def evaluate(policy, tasks, config, judge=None, discriminator=None):
             scored.append(scored_tokens(relevance, evidence, known, rollout.mask))
     records = [each for part in gather(records) for each in part]
     records.sort(key=lambda each: each["index"])
-    met = []
-    kinds = defaultdict(lambda: [0, 0])
+    kinds = defaultdict(list)  # rubric id -> whether it was satisfied, each time
     for each in records:
-        met.append([rubric["satisfied"] for rubric in each["rubrics"]])
         for rubric in each["rubrics"]:
-            kinds[rubric["id"]][0] += rubric["satisfied"]
-            kinds[rubric["id"]][1] += 1
-    result = dict(prompts=len(tasks), instruction=fmean(map(all, met)), rubric=fmean(sum(met, [])))
-    result["truncated"] = fmean(each["truncated"] for each in records)
-    result["kinds"] = dict(sorted(kinds.items()))
+            kinds[rubric["id"]].append(rubric["satisfied"])
+    result = dict(
+        prompts=len(tasks),
+        instruction=fmean(all(rubric["satisfied"] for rubric in each["rubrics"]) for each in records),
+        rubric=sum(map(sum, kinds.values())) / sum(map(len, kinds.values())),
+        truncated=fmean(each["truncated"] for each in records),
+        kinds={kind: [sum(kinds[kind]), len(kinds[kind])] for kind in sorted(kinds)},
+    )
     if scored:  # on the first process's prompts
-        relevance, evidence = map(torch.cat, zip(*scored))
+        relevance = torch.cat([part for part, _ in scored])
+        evidence = torch.cat([part for _, part in scored])
         result["f1"], result["auroc"] = f1_and_auroc(relevance, evidence)
     return result, records
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test waits for the hub
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small gain nothing from more, and equal runs need equal numbers
 
 import filelock
 import pytest
@@ -57,7 +58,6 @@ import rtt
 sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
 import compare
 
-torch.set_num_threads(1)  # models this small gain nothing from more
 pytestmark = [pytest.mark.filterwarnings(f"error::{kind}") for kind in ("FutureWarning", "DeprecationWarning")]
 HERE = Path(__file__).resolve().parent
 
