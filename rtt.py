@@ -444,7 +444,8 @@ class Rollout:
 
 def token_ids(tokenizer, text, special=True):
     """A piece of text as token ids. special: what reads like a special token is one; else it stays text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids
+    options = dict(add_special_tokens=False, split_special_tokens=not special, verbose=False)
+    return tokenizer(text, **options).input_ids
 
 
 def render(tokenizer, *turns):
@@ -471,7 +472,7 @@ def encode_prompt(tokenizer, prompt):
     Raises BadInput for a template that fails, or leaves the prompt out.
     """
     if not tokenizer.chat_template:
-        ids = tokenizer(prompt, split_special_tokens=True).input_ids
+        ids = tokenizer(prompt, split_special_tokens=True, verbose=False).input_ids
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
     text = render(tokenizer, prompt)
     if prompt.strip() not in text:
@@ -1872,7 +1873,8 @@ def main(argv=None):
     torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.logging.disable_progress_bar()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
+        if hasattr(stream, "reconfigure"):  # a notebook's has no need of it
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
     try:
         config = parse(argv)
         if WORLD > 1:  # torchrun: each process has a GPU of its own, and the first one speaks and writes

@@ -683,6 +683,29 @@ def test_a_decoding_step_is_recorded_only_where_every_step_has_the_same_shape():
     assert not rtt.can_be_recorded(GPT2Config())
 
 
+def test_a_step_that_cannot_be_recorded_is_said_with_the_way_out(monkeypatch):
+    def graph(graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        raise RuntimeError("operation not permitted\nand much more")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(rtt.BadInput, match="operation not permitted.*--no-graph$"):
+        rtt.recorded(None, torch.zeros(1))
+
+
+def test_the_slots_of_a_static_cache_are_a_multiple_of_64(monkeypatch):
+    slots = []
+    real = rtt.StaticCache
+    monkeypatch.setattr(rtt, "recorded", lambda step, *inputs: step)
+    monkeypatch.setattr(
+        rtt, "StaticCache", lambda config, max_cache_len: slots.append(max_cache_len) or real(config, max_cache_len)
+    )
+    for T in (56, 57, 58):  # after 7 tokens of prompt
+        roll(tiny_model(), T=T, graph=True)
+    assert slots == [64, 64, 128]
+
+
 @pytest.mark.parametrize("ends, pad", [((END, OTHER_END), 0), ((END,), END), (range(3, 14), 3), ((), 0)])
 @pytest.mark.parametrize("make_model", MODELS)
 def test_a_static_cache_gives_the_same_rollout_as_a_growing_one(make_model, ends, pad, monkeypatch):
@@ -911,6 +934,17 @@ def test_the_judge_is_as_sure_as_one_forward_pass_a_question_says(tokenizer, mak
     for batch in (1, 2, 16):
         assert close(rtt.judge_yes(judge, questions, batch), expected)
     assert close(rtt.judge_yes(judge, questions[::-1]), expected.flip(0))
+
+
+@torch.no_grad()
+def test_a_question_longer_than_the_judges_context_loses_its_middle(tokenizer):
+    judge = rtt.Policy(absolute_model(vocab_size=len(tokenizer)), tokenizer, [2])  # 512 positions, no more
+    questions = [rtt.QUESTION.format("Tell.", response, "is kind") for response in ("A" + "😀" * 400 + "Z", "A lamp.")]
+    row = rtt.encode_prompt(tokenizer, questions[0])
+    p = judge.model(torch.tensor([row[:256] + row[-256:]])).logits[0, -1].softmax(0)
+    yes, no = (float(p[list(rtt.first_tokens(tokenizer, word))].sum()) for word in ("yes", "no"))
+    expected = [yes / (yes + no), slow_yes(judge, "Tell.", "A lamp.", "is kind")]
+    assert len(row) > 512 and close(rtt.judge_yes(judge, questions), expected)
 
 
 def test_the_judge_decides_its_rubrics_without_evidence_and_is_not_asked_about_an_empty_response(
