@@ -1858,6 +1858,7 @@ def run(config, train_tasks, eval_tasks, out):
         phases = [name for name in rows[0] if name.startswith("seconds")]
         means = [f"{name} {fmean(row[name] for row in rows):.2f}" for name in phases]
         print(f"a step: {', '.join(means)}; {fmean(row['tokens_per_second'] for row in rows):.0f} tokens/s")
+        policy.model.generation_config.eos_token_id = policy.end_ids
         policy.model.save_pretrained(out / "policy")
         policy.tokenizer.save_pretrained(out / "policy")
     lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in records]

@@ -1905,6 +1905,14 @@ def test_a_quantised_model_and_one_that_cannot_be_checkpointed_are_refused(folde
     assert "--no-gradient-checkpointing" in said and not (tmp_path / "run" / "config.json").exists()
 
 
+def test_weights_that_could_run_code_are_not_loaded(folder, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    torch.save(policy_of(folder).model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(rtt.BadInput):
+        policy_of(tmp_path)
+
+
 def test_weights_that_are_nan_end_the_run_in_one_line(folder, data, capsys, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
@@ -2014,7 +2022,7 @@ def test_a_run_writes_down_what_it_did(finished):
         for rubric in each["rubrics"]:
             assert all(0 <= a <= b <= len(each["response"]) for a, b in rubric["evidence"])
     policy = policy_of(finished / "policy")  # an ordinary folder
-    assert policy.end_ids == [2]
+    assert policy.end_ids == [2] == policy.model.generation_config.eos_token_id
 
 
 def test_a_run_killed_and_resumed_equals_one_that_was_not_to_the_bit(folder, data, tmp_path):
