@@ -515,12 +515,32 @@ def draw(logp, uniform):
     return token.squeeze(1).clamp(max=logp.shape[-1] - 1)
 
 
-def prefill(model, prompt_ids, prompt_mask, cache):
-    """Put keys and values of prompts [P, L], all but the last token, into `cache`; gradients flow through."""
+def prompt_cache(model, prompt_ids, prompt_mask, group_size, slots=0):
+    """A cache of prompts [P, L], all but their last token, for N = P * group_size rows, with gradients.
+
+    It grows, and each prompt is computed once. With `slots` it has room for so many tokens from the start,
+    and each row computes its own: such a cache cannot be repeated.
+    """
+    cache = DynamicCache()
+    if slots:
+        cache = StaticCache(config=model.config, max_cache_len=slots)
+        prompt_ids = prompt_ids.repeat_interleave(group_size, 0)
+        prompt_mask = prompt_mask.repeat_interleave(group_size, 0)
     if prompt_ids.shape[1] > 1:
         mask = prompt_mask[:, :-1]
         options = dict(attention_mask=mask, position_ids=positions(mask), use_cache=True, logits_to_keep=1)
         model(prompt_ids[:, :-1], cache=cache, **options)
+    if not slots:
+        cache.batch_repeat_interleave(group_size)
+    return cache
+
+
+def uniform_numbers(seeds, group_size, length):
+    """Numbers in [0, 1) for the rows of each prompt, from the prompt's own seed: [N, length]."""
+    rows = []
+    for seed in seeds:
+        rows.append(torch.rand(group_size, length, generator=torch.Generator().manual_seed(seed)))
+    return torch.cat(rows)
 
 
 def can_be_recorded(config):
@@ -568,24 +588,15 @@ def sample(
     shape = (len(prompts) * group_size, max_new_tokens)  # [N, T], T = max_new_tokens until the last lines
     if seeds is None:
         seeds = torch.randint(2**62, (len(prompts),)).tolist()
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniform = [torch.rand(group_size, max_new_tokens, generator=generator) for generator in generators]
-    uniform = torch.cat(uniform).to(model.device)  # [N, T]
+    uniform = uniform_numbers(seeds, group_size, max_new_tokens).to(model.device)  # [N, T]
     ends = torch.tensor(list(end_ids), dtype=torch.long, device=model.device)
 
     prompt_ids, prompt_mask = left_padded(prompts, pad_id, model.device)  # [P, L]
     row_ids = prompt_ids.repeat_interleave(group_size, 0)  # [N, L]
     row_mask = prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
     L = prompt_ids.shape[1]
-    slots = L + max_new_tokens
-    if graph:
-        slots = 64 * math.ceil(slots / 64)
-        cache = StaticCache(config=model.config, max_cache_len=slots)
-        prefill(model, row_ids, row_mask, cache)
-    else:
-        cache = DynamicCache()
-        prefill(model, prompt_ids, prompt_mask, cache)
-        cache.batch_repeat_interleave(group_size)
+    slots = 64 * math.ceil((L + max_new_tokens) / 64)
+    cache = prompt_cache(model, prompt_ids, prompt_mask, group_size, slots if graph else 0)
 
     def step(token, place, seen):
         options = dict(attention_mask=seen, position_ids=place, use_cache=True)
@@ -661,9 +672,7 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
     start = 0  # the first column that each row computes for itself
     if group_size > 1:
         start = L - 1
-        cache = DynamicCache()
-        prefill(model, ids[::group_size, :L], attention_mask[::group_size, :L], cache)
-        cache.batch_repeat_interleave(group_size)
+        cache = prompt_cache(model, ids[::group_size, :L], attention_mask[::group_size, :L], group_size)
     logits = model(
         ids[:, start:-1],
         attention_mask=attention_mask[:, :-1],
