@@ -844,6 +844,9 @@ def grade(tokenizer, rollout, tasks, judge=None):
 # ==================================================================================================
 
 
+# First, four helpers that training needs, of this model and of the policy (section 7).
+
+
 def precision(device, dtype):
     """The context of forward passes: autocast to bfloat16, or nothing. The weights stay in float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
