@@ -304,15 +304,15 @@ def answer_start(response):
 def verify(rubric, response, prompt=""):
     """Verdict and evidence of one rubric on one response; as in IFEval, a blank response satisfies none.
 
-    What a model thinks, up to </think>, is not judged. A criterion in words waits for the judge: here it is
-    satisfied by all that is not blank. `prompt`: what it responds to; no rule here needs it.
+    What a model thinks, up to </think>, is not judged. `prompt`: what it responds to; no rule here needs it.
+    Raises ValueError for a criterion in words.
     """
     offset = answer_start(response)
     answer = response[offset:]
     if not answer.strip():
         return Verdict(False, end_of(response))
     if rubric.id == JUDGED:
-        return Verdict(True, [])
+        raise ValueError(f"no rule can verify {rubric.criterion!r}: it needs a judge")
     satisfied, evidence = VERIFIERS[rubric.id](answer, **rubric.kwargs)
     return Verdict(bool(satisfied), sorted((offset + start, offset + end) for start, end in evidence))
 
@@ -419,9 +419,9 @@ def load_tasks(path_or_hub_id, split="train"):
 # In: P prompts as token ids.  Out: G responses to each, N = P*G rows, with the log-probability of every
 # sampled token.  Temperature is the only knob: a hidden top-k or repetition penalty would make the
 # distribution that is sampled another than the one that is scored, and every ratio wrong from the start.
-# `token_logprobs` scores the same tokens again, with gradients.  But with a CUDA graph or with gradient
-# checkpointing, a prompt is computed once for its group: all of it but the last token goes into a cache,
-# which is then repeated for the group's rows.
+# `token_logprobs` scores the same tokens again, with gradients.  A prompt is computed once for its
+# group: all of it but the last token goes into a cache, which is then repeated for the group's rows.  (Not so
+# where a CUDA graph needs a cache of fixed size, or gradient checkpointing allows none.)
 # ==================================================================================================
 
 
@@ -813,10 +813,12 @@ def grade(tokenizer, rollout, tasks, judge=None):
     questions = []
     for i, text in enumerate(texts):
         task = tasks[i // G]
+        answer = text[answer_start(text) :]
         if not rollout.truncated[i]:
             tokens[i].append((len(text), len(text) + 1))  # the end token
         for k, rubric in enumerate(task.rubrics):
-            verdict = verify(rubric, text, task.prompt)
+            in_words = rubric.id == JUDGED and answer.strip()
+            verdict = Verdict(True, []) if in_words else verify(rubric, text, task.prompt)
             verdicts[i, k] = 1 if verdict.satisfied else -1
             known[i, k] = not (verdict.satisfied and needs_judge(rubric))  # a rule that says no is final
             if known[i, k]:
@@ -824,7 +826,7 @@ def grade(tokenizer, rollout, tasks, judge=None):
                 evidence[i, k, : len(marks)] = torch.tensor(marks)
             else:
                 asked.append((i, k))
-                questions.append(QUESTION.format(task.prompt, text[answer_start(text) :], rubric.criterion))
+                questions.append(QUESTION.format(task.prompt, answer, rubric.criterion))
     if asked:
         for (i, k), sure in zip(asked, judge_yes(judge, questions)):
             verdicts[i, k] = 1 if sure > 0.5 else -1
@@ -1674,6 +1676,8 @@ def checked(config):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
     if config.clip and (len(config.clip) != 2 or not all(x > 0 for x in config.clip)):
         raise BadInput("--clip: needs two numbers above 0, how far a ratio may go below and above 1")
+    if config.clip and config.loss.startswith("dfpo"):
+        raise BadInput(f"--clip: --loss {config.loss} clips nothing")
     if config.combine == "mix" and config.alpha > 1:
         raise BadInput("--combine mix: --alpha must be at most 1, or rewards would count backwards")
     if config.prompts % WORLD:

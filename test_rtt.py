@@ -481,6 +481,8 @@ def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path
     [line] = capsys.readouterr().err.splitlines()
     assert "a.jsonl" in line and "ground_truth" in line and "key" not in line
     assert rtt.needs_judge(task.rubrics[2]) and not rtt.needs_judge(words)
+    with pytest.raises(ValueError, match="needs a judge"):
+        rtt.verify(task.rubrics[2], "Hi.")
 
 
 BAD_ROWS = {
@@ -2090,6 +2092,7 @@ def test_no_character_of_what_is_shown_ends_a_run_and_a_step_is_saved_before_it(
         ("--group-size 1", "at least 2"),
         ("--clip 0.1", "two numbers"),
         ("--clip 0.2 nan", "two numbers"),
+        ("--loss dfpo-min --clip 0.2 0.2", "clips nothing"),
         ("--combine mix --alpha 2", "at most 1"),
         ("--device mps", "--device mps"),
         ("--bogus 3", "--bogus"),
