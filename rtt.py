@@ -8,11 +8,10 @@ arXiv:2604.13088) says that tokens which all responses of a group share should n
 weights of the responses so that they do not. Both speak of one tensor: the coefficient with which each
 token's log-probability is pushed up or down.
 
-In GRPO, on which both build, the policy (the language model in training) answers each prompt with a group of
-rollouts (sampled responses). The advantage of a response is how far its reward lies above the group's mean,
-in standard deviations. The update multiplies the gradient of each token's log-probability by it. The ratio of
-the new to the old probability weighs tokens that an older policy sampled, and the clip stops pushing a token
-once its ratio has left a small range around 1.
+In GRPO the policy (the language model in training) answers each prompt with a group of rollouts (sampled
+responses). A response's advantage says how far its reward lies above the group's mean, in standard
+deviations. It multiplies the gradient of each token's log-probability. The ratio of the new to the old
+probability weighs tokens that an older policy sampled; the clip lets a token go once its ratio is far from 1.
 
     prompts with rubrics (1)
        | sample G responses to each (2)
@@ -42,14 +41,9 @@ once its ratio has left a small range around 1.
     python rtt.py                         the embedded model and stories: minutes on a laptop, no download
     python rtt.py --model Qwen2.5-0.5B    a model of the hub, on data/instructions: a GPU of 24 GB
 
-Where this is simpler than the papers, or differs:
-  - Rubrics are verified by rule where a rule can (IFEval's), else by a model that is asked for yes or no.
-  - RTT trains its discriminator beforehand on labelled data. Here it learns online, from the evidence that
-    the rules give on the policy's own rollouts, and reads each criterion with its verdict.
-  - `token_advantage` divides by std + 0.1 (see there), and knows three more partitions than RTT: "verdict",
-    the default, "contested" and "cross" are what TGC's condition asks of RTT's token channel.
-  - IFEval asks a language detector and splits sentences and words with NLTK; here, plain rules.
-  - Adam with a constant learning rate; several GPUs share the prompts, but each holds all models.
+Simpler than the papers, or different: rules verify the rubrics that rules can (IFEval's), a model asked for yes
+or no the others. The discriminator is not trained beforehand on labelled data, but online, from the evidence
+that the rules give. `token_advantage` and `policy_loss` name what is ours. Adam, a constant learning rate.
 """
 
 import argparse
@@ -69,7 +63,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import filelock
 import torch
@@ -77,34 +71,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 DATA = Path(__file__).resolve().parent / "data"
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun: which of WORLD processes this is
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-
-
-RELEVANCE = ("discriminator", "evidence", "shuffled", "uniform")
-PARTITIONS = ("intra", "inter", "rubric", "verdict", "contested", "cross")
-CLIP = {  # the losses, and how far below and above 1 a ratio may go; a response's ratio moves far less
-    "grpo": (0.2, 0.2),
-    "grpo-fix": (0.2, 0.2),
-    "grpo-mask": (0.2, 0.2),
-    "gspo": (3e-4, 4e-4),
-    "dfpo-min": (1.0, math.inf),  # TGC's losses do not clip
-    "dfpo-orth": (1.0, math.inf),
-}
+PARTITIONS = ("intra", "inter", "rubric", "verdict", "contested", "cross")  # see token_advantage
 
 
 def setting(default, text, *choices):
     """One line of Config: the default of a setting, what --help says of it, and what it may be."""
-    metadata = dict(help=text)
-    if choices:
-        metadata["choices"] = choices
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=dict(help=text) | (dict(choices=choices) if choices else {}))
 
 
 @dataclass
@@ -130,14 +109,19 @@ class Config:
     temperature: float = setting(1.0, "of sampling")
 
     reward: str = setting("aon", "all rubrics or nothing; or the share of them satisfied", "aon", "csr")
-    relevance: str = setting("discriminator", "of tokens to verdicts; see token_relevance", *RELEVANCE)
+    relevance: str = setting(
+        "discriminator", "of tokens to verdicts", "discriminator", "evidence", "shuffled", "uniform"
+    )
     partition: str = setting("verdict", "what token rewards are normalised over; intra is RTT's", *PARTITIONS)
     alpha: float = setting(0.5, "weight of the token level; 0 is plain GRPO")
+    pool: str = setting("mean", "of the rubrics' token advantages: their mean, or their sum", "mean", "sum")
     combine: str = setting("add", "A + alpha a; or (1 - alpha) A + alpha a", "add", "mix")
     discriminator_lr: float = setting(1e-5, "learning rate of the discriminator")
     warmup: int = setting(24, "rollouts that the discriminator learns from before the first step")
 
-    loss: str = setting("grpo", "how ratios become weights; see policy_loss", *CLIP)
+    loss: str = setting(
+        "grpo", "see policy_loss", "grpo", "grpo-fix", "grpo-mask", "gspo", "dfpo-min", "dfpo-orth"
+    )
     clip: list[float] | None = setting(None, "how far below and above 1 a ratio may go; none: see CLIP")
     updates: int = setting(1, "optimiser steps on each rollout")
     lr: float = setting(1e-6, "learning rate of the policy")
@@ -146,9 +130,8 @@ class Config:
     micro_batch: int = setting(1, "groups in one forward and backward pass")
     gradient_checkpointing: bool = setting(True, "compute layers twice: slower, but less memory")
 
-    eval_every: int = setting(25, "steps between evaluations; 0: only before and after")
+    eval_every: int = setting(25, "steps between evaluations, and checkpoints; 0: only before and after")
     eval_prompts: int = setting(256, "held-out prompts in each of these; before and after use all")
-    save_every: int = setting(50, "steps between checkpoints")
 
 
 EMBEDDED = dict(  # what differs for the embedded model: a million parameters, on a CPU
@@ -172,8 +155,7 @@ class BadInput(Exception):
 # In: a data file; later a response.  Out: tasks (a prompt with its rubrics); later, for each rubric, a
 # verdict and its *evidence*, the characters of the response whose change would flip the verdict.  The verdict
 # becomes the reward (section 3); the evidence is what the discriminator learns to find (section 4).  Data
-# schema and verdicts are IFEval's (arXiv:2311.07911), strict.  A criterion in words, which no rule can check,
-# is a rubric of the id JUDGED.
+# schema and verdicts are IFEval's (arXiv:2311.07911), strict.
 #
 # The five verifiers here show the kinds of evidence: a word that is there, a word that must not be there,
 # what is counted, the end of the response, and a property of the whole text.  A verdict that rests on no
@@ -181,7 +163,7 @@ class BadInput(Exception):
 # does has the empty span (len, len), which stands for the end token.  IFEval's other twenty: the appendix.
 # ==================================================================================================
 
-JUDGED = "judge"  # the id of a rubric that is a criterion in words
+JUDGED = "judge"  # the id of a rubric that is a criterion in words, which no rule can check
 VERIFIERS = {}  # rubric id -> a function (text, **kwargs) -> (satisfied, evidence)
 
 
@@ -231,42 +213,34 @@ def counted(found, relation, bound):
         return not surplus, surplus
     if relation == "exactly" and len(found) > bound:
         return False, found[bound:]
-    if len(found) < bound:
-        return False, []
-    return True, found
+    return (True, found) if len(found) >= bound else (False, [])
 
 
 def all_of(verdicts):
     """The verdict that all are satisfied. It rests on all of them, or on those that are not."""
     satisfied = all(met for met, _ in verdicts)
-    evidence = []
-    for met, found in verdicts:
-        if met == satisfied:
-            evidence += found
-    return satisfied, evidence
+    return satisfied, sum([found for met, found in verdicts if met == satisfied], [])
 
 
 @verifier("keywords:existence")
-def keywords_existence(text, keywords: list[str]):
+def keywords_existence(text, keywords: list):
     """use the word {keywords}"""
     return all_of([counted(spans(re.escape(word), text), "at least", 1) for word in keywords])
 
 
 @verifier("keywords:forbidden_words")
-def keywords_forbidden_words(text, forbidden_words: list[str]):
+def keywords_forbidden_words(text, forbidden_words: list):
     """do not use the word {forbidden_words}"""
-    found = []
-    for word in forbidden_words:
-        found += spans(rf"\b{re.escape(word)}\b", text)
+    found = sum([spans(rf"\b{re.escape(word)}\b", text) for word in forbidden_words], [])
     return not found, found
 
 
-Relation = Literal["at least", "less than"]
+RELATION = ("at least", "less than")
 SENTENCE_END = r"(?<![.!?])[.!?]+(?=[\s\"')\]*]|$)"
 
 
 @verifier("length_constraints:number_sentences")
-def number_sentences(text, num_sentences: int, relation: Relation):
+def number_sentences(text, num_sentences: int, relation: RELATION):
     """write {relation} {num_sentences} sentences"""
     found = spans(SENTENCE_END, text, flags=0)
     rest = text[found[-1][1] :] if found else text
@@ -317,18 +291,18 @@ def verify(rubric, response, prompt=""):
     return Verdict(bool(satisfied), sorted((offset + start, offset + end) for start, end in evidence))
 
 
-KINDS = {int: "a whole number of at least 1", str: "a text that is not blank", list[str]: "a list of words"}
+KINDS = {int: "a whole number of at least 1", str: "a text that is not blank", list: "a list of such texts"}
 
 
 def fits(value, kind):
-    """Is the value of the kind that a verifier wants: one of KINDS, or a Literal?"""
+    """Is the value what a verifier's annotation asks for: one of KINDS, or one of a few words?"""
     if kind is int:
         return type(value) in (int, float) and value >= 1 and value % 1 == 0
     if kind is str:
         return isinstance(value, str) and bool(value.strip())
-    if kind == list[str]:
+    if kind is list:
         return isinstance(value, list) and bool(value) and all(fits(word, str) for word in value)
-    return value in get_args(kind)
+    return value in kind
 
 
 def make_rubric(rubric_id, kwargs):
@@ -341,46 +315,29 @@ def make_rubric(rubric_id, kwargs):
     for name, kind in function.__annotations__.items():
         value = kwargs.get(name)
         if not fits(value, kind):
-            allowed = KINDS.get(kind) or f"one of {', '.join(get_args(kind))}"
+            allowed = KINDS[kind] if isinstance(kind, type) else f"one of {', '.join(kind)}"
             raise BadInput(f"{rubric_id}: {name!r} must be {allowed}, not {json.dumps(value)}")
         kept[name] = int(value) if kind is int else value  # 3.0 is 3
-        words[name] = ", ".join(value) if kind == list[str] else kept[name]
-    if "language" in kept:
-        words["language"] = LANGUAGES[kept["language"]]
+        words[name] = ", ".join(value) if kind is list else kept[name]
+        if isinstance(kind, dict):  # of codes and names
+            words[name] = kind[value]
     return Rubric(rubric_id, kept, function.__doc__.format(**words))
 
 
 def make_task(row):
     """A checked Task from one row of data. Raises BadInput."""
-    json.dumps(row, ensure_ascii=False).encode()  # a ValueError for half of a surrogate pair
-    prompt = row.get("prompt")
     ids = row.get("instruction_id_list") or []
-    kwargs = [{} if each is None else each for each in row.get("kwargs") or []]
+    kwargs = [each or {} for each in row.get("kwargs") or []]
     criteria = row.get("rubrics") or []
-    if not fits(prompt, str):
+    if not fits(row.get("prompt"), str):
         hint = "; 'messages' are not read" if "messages" in row else ""
         raise BadInput(f"'prompt' must be a text that is not blank{hint}")
-    if len(ids) != len(kwargs) or not all(isinstance(each, dict) for each in kwargs):
-        raise BadInput("'instruction_id_list' and 'kwargs' must be lists of one length, 'kwargs' of objects")
-    if criteria and not fits(criteria, list[str]):
-        raise BadInput("'rubrics' must be a list of texts that are not blank")
-    if not ids and not criteria:
-        raise BadInput("no rubric; 'instruction_id_list' or 'rubrics' must hold at least one")
-    rubrics = [make_rubric(rubric_id, arguments) for rubric_id, arguments in zip(ids, kwargs)]
-    return Task(prompt, rubrics + [Rubric(JUDGED, {}, criterion) for criterion in criteria])
-
-
-def read_rows(path, split):
-    """The rows of a .jsonl file, as bytes, or of a data set on the hub. Raises BadInput."""
-    if path.suffix in (".json", ".jsonl") or path.exists():
-        return path.read_bytes().splitlines()
-    import datasets  # slow to import, and local files do not need it
-
-    try:
-        return datasets.load_dataset(str(path), split=split)
-    except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
-        reason = str(error).partition("\n")[0]
-        raise BadInput(f"{path}: neither a local file nor to be had from the hub ({reason})") from None
+    if len(ids) != len(kwargs):
+        raise BadInput("'instruction_id_list' and 'kwargs' must be lists of one length")
+    if not (ids or criteria) or criteria and not fits(criteria, list):
+        raise BadInput("no rubric: needs 'instruction_id_list' and 'kwargs', or 'rubrics', a list of texts")
+    rubrics = [make_rubric(*each) for each in zip(ids, kwargs)]
+    return Task(row["prompt"], rubrics + [Rubric(JUDGED, {}, criterion) for criterion in criteria])
 
 
 def load_tasks(path_or_hub_id, split="train"):
@@ -393,13 +350,24 @@ def load_tasks(path_or_hub_id, split="train"):
     """
     path = Path(path_or_hub_id)
     path = path / f"{split}.jsonl" if path.is_dir() else path
+    if path.suffix in (".json", ".jsonl") or path.exists():
+        lines = path.read_bytes().splitlines()
+    else:
+        import datasets  # slow to import, and local files do not need it
+
+        try:
+            lines = [json.dumps(row) for row in datasets.load_dataset(str(path), split=split)]
+        except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
+            reason = str(error).partition("\n")[0]
+            raise BadInput(f"{path}: neither a local file nor to be had from the hub ({reason})") from None
     tasks = []
     ignored = set()
-    for number, row in enumerate(read_rows(path, split), 1):
-        if isinstance(row, bytes) and not row.strip():
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
         try:
-            row = json.loads(row) if isinstance(row, bytes) else row
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
             tasks.append(make_task(row))
         except BadInput as error:
             raise BadInput(f"{path}:{number}: {error}") from None
@@ -485,9 +453,12 @@ def encode_prompt(tokenizer, prompt):
     return token_ids(tokenizer, before) + content_ids + token_ids(tokenizer, after)
 
 
-def context_length(config):
-    """How many tokens a model can read; a huge number where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+def left_padded(rows, pad_id, device):
+    """Lists of token ids -> ids [P, L], mask [P, L]."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def positions(attention_mask):
@@ -495,31 +466,10 @@ def positions(attention_mask):
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def left_padded(rows, pad_id, device):
-    """Lists of token ids -> ids [P, L], mask [P, L]."""
-    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-    mask = [torch.ones_like(row) for row in ids]
-    ids = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left")
-    mask = pad_sequence(mask, batch_first=True, padding_value=0, padding_side="left")
-    return ids.to(device), mask.to(device)
-
-
-def draw(logp, uniform):
-    """One token a row: logp [N, V] log-probabilities, uniform [N] in [0, 1) -> [N].
-
-    The first whose cumulative probability exceeds the row's uniform number (inverse CDF). Not
-    torch.multinomial: one number a token, drawn beforehand, makes a row independent of the others.
-    """
-    cdf = logp.float().exp().cumsum(-1)  # [N, V], up to 1 or, by rounding, nearly so
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # [N, 1]
-    return token.squeeze(1).clamp(max=logp.shape[-1] - 1)
-
-
 def prompt_cache(model, prompt_ids, prompt_mask, group_size, slots=0):
     """A cache of prompts [P, L], all but their last token, for N = P * group_size rows, with gradients.
 
-    It grows, and each prompt is computed once. With `slots` it has room for so many tokens from the start,
-    and each row computes its own: such a cache cannot be repeated.
+    slots: its fixed size, for a CUDA graph; such a cache cannot be repeated, so each row computes its own.
     """
     cache = DynamicCache()
     if slots:
@@ -535,14 +485,6 @@ def prompt_cache(model, prompt_ids, prompt_mask, group_size, slots=0):
     return cache
 
 
-def uniform_numbers(seeds, group_size, length):
-    """Numbers in [0, 1) for the rows of each prompt, from the prompt's own seed: [N, length]."""
-    rows = []
-    for seed in seeds:
-        rows.append(torch.rand(group_size, length, generator=torch.Generator().manual_seed(seed)))
-    return torch.cat(rows)
-
-
 def can_be_recorded(config):
     """Can a decoding step be a CUDA graph? With full attention and rotary positions that do not rescale."""
     rotary = getattr(config.get_text_config(), "rope_parameters", None) or {}
@@ -551,8 +493,7 @@ def can_be_recorded(config):
 
 
 def recorded(step, *inputs):
-    """step(*inputs) as a CUDA graph: one launch instead of thousands, always in the same memory."""
-    inputs = [x.clone() for x in inputs]
+    """step(*inputs) as a CUDA graph: one launch instead of thousands, always in the memory of these inputs."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -570,6 +511,17 @@ def recorded(step, *inputs):
     return replay
 
 
+def draw(logp, uniform):
+    """One token a row: logp [N, V] log-probabilities, uniform [N] in [0, 1) -> [N].
+
+    The first whose cumulative probability exceeds the row's uniform number (inverse CDF). Not
+    torch.multinomial: one number a token, drawn beforehand, makes a row independent of the others.
+    """
+    cdf = logp.float().exp().cumsum(-1)  # [N, V], up to 1 or, by rounding, nearly so
+    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # [N, 1]
+    return token.squeeze(1).clamp(max=logp.shape[-1] - 1)
+
+
 @torch.no_grad()
 def sample(
     model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None, graph=False
@@ -585,37 +537,35 @@ def sample(
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     model.eval()
-    shape = (len(prompts) * group_size, max_new_tokens)  # [N, T], T = max_new_tokens until the last lines
-    if seeds is None:
-        seeds = torch.randint(2**62, (len(prompts),)).tolist()
-    uniform = uniform_numbers(seeds, group_size, max_new_tokens).to(model.device)  # [N, T]
-    ends = torch.tensor(list(end_ids), dtype=torch.long, device=model.device)
-
-    prompt_ids, prompt_mask = left_padded(prompts, pad_id, model.device)  # [P, L]
-    row_ids = prompt_ids.repeat_interleave(group_size, 0)  # [N, L]
-    row_mask = prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
+    device = model.device
+    uniform = []
+    for seed in seeds or torch.randint(2**62, (len(prompts),)).tolist():
+        generator = torch.Generator().manual_seed(seed)
+        uniform.append(torch.rand(group_size, max_new_tokens, generator=generator))
+    uniform = torch.cat(uniform).to(device)  # [N, max_new_tokens]
+    ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
+    prompt_ids, prompt_mask = left_padded(prompts, pad_id, device)  # [P, L]
     L = prompt_ids.shape[1]
-    slots = 64 * math.ceil((L + max_new_tokens) / 64)
-    cache = prompt_cache(model, prompt_ids, prompt_mask, group_size, slots if graph else 0)
+    slots = 64 * math.ceil((L + max_new_tokens) / 64) if graph else 0
+    cache = prompt_cache(model, prompt_ids, prompt_mask, group_size, slots)
 
-    def step(token, place, seen):
-        options = dict(attention_mask=seen, position_ids=place, use_cache=True)
+    def step(token, place, attention):
+        options = dict(attention_mask=attention, position_ids=place, use_cache=True)
         return model(token, cache=cache, **options).logits[:, -1]
 
-    ids = torch.full(shape, pad_id, device=model.device)
-    logprobs = torch.zeros(shape, device=model.device)
-    entropy = torch.zeros(shape, device=model.device)
-    alive = torch.arange(shape[0], device=model.device)  # rows in the batch
-    token = row_ids[:, -1:]  # [alive, 1]
-    place = row_mask.sum(1, keepdim=True) - 1  # [alive, 1]
-    attention = F.pad(row_mask, (0, slots - L), value=1)  # [alive, slots]; causality hides what is to come
+    row_mask = prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
+    ids = torch.full_like(uniform, pad_id, dtype=torch.long)  # [N, T] with T = max_new_tokens, at first
+    logprobs = torch.zeros_like(uniform)
+    entropy = torch.zeros_like(uniform)
+    alive = torch.arange(len(ids), device=device)  # rows in the batch
+    token = prompt_ids.repeat_interleave(group_size, 0)[:, -1:]  # [alive, 1]
     for t in range(max_new_tokens):
+        place = row_mask[alive].sum(1, keepdim=True) - 1 + t  # [alive, 1]
+        attention = F.pad(row_mask[alive], (0, (slots or L + t) - L), value=1)  # causality hides empty slots
         if graph and t == 1:  # the step before has warmed everything up
             step = recorded(step, token, place, attention)
-        logits = step(token, place, attention if graph else attention[:, : L + t])  # [alive, V]
-        logp = (logits.float() / temperature).log_softmax(-1)
+        logp = (step(token, place, attention).float() / temperature).log_softmax(-1)  # [alive, V]
         token = draw(logp, uniform[alive, t])[:, None]
-        place = place + 1
         ids[alive, t] = token[:, 0]
         logprobs[alive, t] = logp.gather(1, token)[:, 0]
         entropy[alive, t] = torch.special.entr(logp.exp()).sum(-1)
@@ -626,19 +576,16 @@ def sample(
             cache.batch_select_indices(going.nonzero()[:, 0])
             alive = alive[going]
             token = token[going]
-            place = place[going]
-            attention = attention[going]
 
     if not (logprobs + entropy).isfinite().all():
         raise FloatingPointError("the model's probabilities are not numbers: NaN or infinite weights")
     ended = torch.isin(ids, ends).cumsum(1)  # [N, T] at least 1 from the end token on
     mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
-    T = int(mask.sum(1).max())
-    ids = ids.masked_fill(mask == 0, pad_id)[:, :T]  # of a graph, rows went on after their end
-    mask = mask[:, :T]
-    logprobs = logprobs[:, :T] * mask
-    entropy = entropy[:, :T] * mask
-    return Rollout(prompt_ids, prompt_mask, ids, mask, logprobs, entropy, truncated=ended[:, -1] == 0)
+    mask = mask[:, : int(mask.sum(1).max())]  # T: the longest
+    T = mask.shape[1]
+    ids = ids[:, :T].masked_fill(mask == 0, pad_id)  # of a graph, rows went on after their end
+    kept = (ids, mask, logprobs[:, :T] * mask, entropy[:, :T] * mask)
+    return Rollout(prompt_ids, prompt_mask, *kept, truncated=ended[:, -1] == 0)
 
 
 def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
@@ -725,7 +672,7 @@ def token_spans(tokenizer, responses):
     anchor = token_ids(tokenizer, "a")[-1:]
 
     @functools.cache
-    def decoded(*ids):
+    def decoded(ids):
         """What tokens write after an "a": at the beginning of a text SentencePiece drops a space."""
         options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return tokenizer.decode(anchor + list(ids), **options)[1:]
@@ -739,7 +686,7 @@ def token_spans(tokenizer, responses):
         start = 0  # of the next token
         for token in ids:
             pending = (*pending, token)
-            piece = decoded(*pending)
+            piece = decoded(pending)
             whole = piece.rstrip("\ufffd")  # the sign for bytes that are no character, or not yet
             end = len(text) + len(whole)
             row.append((start, end if whole == piece else end + 1))
@@ -770,6 +717,11 @@ def first_tokens(tokenizer, word):
     return {token_ids(tokenizer, form)[0] for form in forms}
 
 
+def context_length(config):
+    """How many tokens a model can read; a huge number where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 @torch.no_grad()
 def judge_yes(judge, questions, batch=64):
     """How sure a judge is of "yes": P(yes) / (P(yes) + P(no)) of its next token (RTT; no generation).
@@ -779,19 +731,17 @@ def judge_yes(judge, questions, batch=64):
     yes = first_tokens(judge.tokenizer, "yes")
     no = first_tokens(judge.tokenizer, "no")
     half = context_length(judge.model.config) // 2
-    rows = [encode_prompt(judge.tokenizer, question) for question in questions]
-    rows = [row if len(row) <= 2 * half else row[:half] + row[-half:] for row in rows]
-    order = sorted(range(len(rows)), key=lambda m: len(rows[m]))  # like lengths together: less padding
-    sure = torch.zeros(len(rows))
-    for start in range(0, len(rows), batch):
-        part = order[start : start + batch]
-        ids, mask = left_padded([rows[m] for m in part], 0, judge.model.device)
+    sure = []
+    for start in range(0, len(questions), batch):
+        rows = [encode_prompt(judge.tokenizer, question) for question in questions[start : start + batch]]
+        rows = [row if len(row) <= 2 * half else row[:half] + row[-half:] for row in rows]
+        ids, mask = left_padded(rows, 0, judge.model.device)
         options = dict(attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1)
         logits = judge.model(ids, **options).logits[:, -1].float()  # [m, V]
         # what can begin both says nothing
         odds = logits[:, list(yes - no)].logsumexp(1) - logits[:, list(no - yes)].logsumexp(1)
-        sure[part] = odds.sigmoid().cpu()
-    return sure
+        sure.append(odds.sigmoid().cpu())
+    return torch.cat(sure)
 
 
 def grade(tokenizer, rollout, tasks, judge=None):
@@ -801,7 +751,6 @@ def grade(tokenizer, rollout, tasks, judge=None):
     False where there is no such rubric, or the judge (a Policy) gave the verdict, without evidence.
     """
     N, T = rollout.ids.shape
-    G = N // len(tasks)
     K = max(len(task.rubrics) for task in tasks)
     verdicts = torch.zeros(N, K, dtype=torch.long)
     evidence = torch.zeros(N, K, T)
@@ -809,10 +758,9 @@ def grade(tokenizer, rollout, tasks, judge=None):
     lengths = rollout.mask.sum(1) - (~rollout.truncated).long()  # [N] without the end token
     written = [ids[:n] for ids, n in zip(rollout.ids.tolist(), lengths.tolist())]
     texts, tokens = token_spans(tokenizer, written)
-    asked = []  # (response, rubric) of each question for the judge
-    questions = []
+    questions = {}  # (response, rubric) -> question for the judge
     for i, text in enumerate(texts):
-        task = tasks[i // G]
+        task = tasks[i * len(tasks) // N]
         answer = text[answer_start(text) :]
         if not rollout.truncated[i]:
             tokens[i].append((len(text), len(text) + 1))  # the end token
@@ -825,10 +773,9 @@ def grade(tokenizer, rollout, tasks, judge=None):
                 marks = evidence_to_tokens(verdict.evidence, tokens[i])
                 evidence[i, k, : len(marks)] = torch.tensor(marks)
             else:
-                asked.append((i, k))
-                questions.append(QUESTION.format(task.prompt, answer, rubric.criterion))
-    if asked:
-        for (i, k), sure in zip(asked, judge_yes(judge, questions)):
+                questions[i, k] = QUESTION.format(task.prompt, answer, rubric.criterion)
+    if questions:
+        for (i, k), sure in zip(questions, judge_yes(judge, list(questions.values()))):
             verdicts[i, k] = 1 if sure > 0.5 else -1
     device = rollout.ids.device
     return texts, verdicts.to(device), evidence.to(device), known.to(device)
@@ -916,11 +863,11 @@ class RelevanceDiscriminator(torch.nn.Module):
         lengths = mask.sum(1).tolist()
         pairs = sorted(pairs, key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
         for start in range(0, len(pairs), size):
-            part = pairs[start : start + size]
-            i = [response for response, _ in part]
-            k = [rubric for _, rubric in part]
+            i, k = zip(*pairs[start : start + size])
+            i = list(i)
+            k = list(k)
             T = lengths[i[-1]]
-            yield i, k, T, self([criteria[a][b] for a, b in part], ids[i, :T], mask[i, :T])
+            yield i, k, T, self([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask[i, :T])
 
     @torch.no_grad()
     def predict(self, criteria, ids, mask, wanted, batch=64):
@@ -946,9 +893,9 @@ class RelevanceDiscriminator(torch.nn.Module):
         chosen = [every[j] for j in order.tolist()]
         total = sum(gather(sum(int(mask[i].sum()) for i, _ in chosen)))  # response tokens
         for i, k, T, logits in self.batches(chosen, criteria, ids, mask, batch):
-            labels = evidence[i, k, :T]
             weight = mask[i, :T].float()
-            loss = F.binary_cross_entropy_with_logits(logits, labels, weight=weight, reduction="sum")
+            options = dict(weight=weight, reduction="sum")
+            loss = F.binary_cross_entropy_with_logits(logits, evidence[i, k, :T], **options)
             (loss / total).backward()
         if total:
             descend(self, self.optimizer)
@@ -970,12 +917,13 @@ def f1_and_auroc(relevance, evidence):
     positive = evidence > 0.5
     predicted = relevance > 0.5
     f1 = 2 * (positive & predicted).sum() / (positive.sum() + predicted.sum()).clamp(min=1)
-    _, inverse, counts = relevance.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]  # [M] from 1; ties share their mean rank
-    p = int(positive.sum())
-    n = len(positive) - p
-    auroc = (float(ranks[positive].sum()) - p * (p + 1) / 2) / (p * n) if p and n else 0.5
-    return float(f1), auroc
+    hits = relevance[positive]
+    misses = relevance[~positive].sort().values
+    if len(hits) == 0 or len(misses) == 0:
+        return float(f1), 0.5
+    below = torch.searchsorted(misses, hits)  # how many irrelevant tokens score below each relevant one
+    up_to = torch.searchsorted(misses, hits, right=True)  # and how many not above it
+    return float(f1), float((below + up_to).double().mean() / (2 * len(misses)))
 
 
 # ==================================================================================================
@@ -1011,20 +959,13 @@ def masked_normalize(x, mask, dim, eps):
 
 
 @torch.no_grad()
-def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
-    """Token-level advantage [G, T] of one group (RTT, group partitioning and normalisation).
+def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool="mean"):
+    """Token-level advantage [G, T] of one group: token rewards, normalised over a partition of them (RTT).
 
     verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T]. No gradient.
-    The default is RTT's; that of the command line is "verdict". Raises ValueError for an unknown partition.
-    With r = verdicts * relevance, the mean over k of r normalised over
-      "intra":    the tokens of each (response, rubric): RTT's intra-sample token group normalisation;
-      "inter":    the tokens of all responses, for each rubric;
-      "rubric":   the tokens of all responses, after r was averaged over the rubrics;
-      "verdict":  the responses, for each rubric, and only then spread by relevance: a token without
-                  relevance gets exactly 0, and a rubric on which the group agrees gives nothing;
-      "contested":  as "intra", but 0 from rubrics on which the group agrees (the mean counts them still);
-      "cross":    verdicts over the responses, relevance over the tokens of all responses, for each rubric,
-                  and the product of both: what all responses share with equal relevance cancels.
+    partition: see the branches; the default is RTT's, that of the command line is "verdict". pool: "mean" over
+    the rubrics of a response, or "sum" (RTT's release has both): then a token's push does not shrink with the
+    number of rubrics that it has nothing to do with. Raises ValueError for another partition or pool.
 
     One rubric, satisfied by the first response for its third token, violated by the second for its second
     (verdicts [[1], [-1]], relevance [[[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps near 0):
@@ -1039,24 +980,26 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     discriminator that sees nothing anywhere still makes one of 0.01 from noise: with eps = 0.1 the first
     keeps most of its credit, and the noise is not blown up to full size.
     """
+    if pool not in ("mean", "sum"):
+        raise ValueError(f"pool must be 'mean' or 'sum', not {pool!r}")
     signs = verdicts.float()  # [G, K]; whole numbers would cut a relevance of 0.7 to 0
     exists = (signs != 0).float()  # [G, K]
     valid = mask[:, None].float() * exists[..., None]  # [G, K, T]
     relevance = relevance.masked_fill(valid == 0, 0.0)  # [G, K, T]
     token_reward = signs[..., None] * relevance  # [G, K, T]
     verdict_adv = masked_normalize(signs, exists, 0, eps)[..., None]  # [G, K, 1]
-    rubrics = exists.sum(1).clamp(min=1)[:, None]  # [G, 1]
-    if partition == "intra":
+    rubrics = exists.sum(1).clamp(min=1)[:, None] if pool == "mean" else 1  # [G, 1]
+    if partition == "intra":  # RTT: over the tokens of each response and rubric
         advantage = masked_normalize(token_reward, valid, 2, eps)
-    elif partition == "inter":
+    elif partition == "inter":  # RTT: over the tokens of all responses, for each rubric
         advantage = masked_normalize(token_reward, valid, (0, 2), eps)
-    elif partition == "rubric":
+    elif partition == "rubric":  # RTT: over the tokens of all responses, after pooling the rubrics
         return masked_normalize(token_reward.sum(1) / rubrics, mask.float(), (0, 1), eps)
-    elif partition == "verdict":
+    elif partition == "verdict":  # ours: verdicts over the responses, only then spread by relevance
         advantage = verdict_adv * relevance
-    elif partition == "contested":
+    elif partition == "contested":  # ours: intra, but 0 from rubrics on which the group agrees
         advantage = masked_normalize(token_reward, valid, 2, eps) * (verdict_adv != 0)
-    elif partition == "cross":
+    elif partition == "cross":  # ours: verdict, with the relevance normalised over all responses
         advantage = verdict_adv * masked_normalize(relevance, valid, (0, 2), eps)
     else:
         raise ValueError(f"unknown partition {partition!r}")
@@ -1072,13 +1015,6 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
         raise ValueError(f"how must be 'add' or 'mix', not {how!r}")
     rest = 1 - alpha if how == "mix" else 1.0
     return (rest * response_adv[:, None] + alpha * token_adv).masked_fill(mask == 0, 0.0)
-
-
-def contested(verdicts, group_size):
-    """verdicts [N, K], but 0 for rubrics on which a response's whole group agrees: [N, K]."""
-    grouped = verdicts.view(-1, group_size, verdicts.shape[1])  # [P, G, K]
-    differs = (grouped != grouped[:, :1]).any(1, keepdim=True)  # [P, 1, K]
-    return (grouped * differs).view_as(verdicts)
 
 
 # ==================================================================================================
@@ -1136,7 +1072,7 @@ def cancellation_residual(coef, ids, mask):
     mean = zeros.scatter_add(1, index, push) / count.clamp(min=1)  # [G, U]
     mean = mean[:, (count > 0).all(0)]  # [G, shared tokens]
     size = mean.abs().sum()
-    return float(mean.sum(0).abs().sum() / size) if size != 0 else 0.0
+    return float(mean.sum(0).abs().sum() / size) if size > 0 else 0.0
 
 
 # ==================================================================================================
@@ -1146,9 +1082,18 @@ def cancellation_residual(coef, ids, mask):
 # effective coefficients c of section 6.  Each method is a choice of the weight that stands beside the
 # advantage: which ratio, per token or per response, clipped how, transformed how.
 # Off policy a weight has two duties: shared tokens must cancel (TGC), and a token that has been pushed far
-# enough must be let go (PPO's clip).  "grpo" sees to the second, "grpo-fix" and the dfpo losses to the
-# first, "grpo-mask" to both.
+# enough must be let go (PPO's clip).  "grpo" sees to the second, TGC's losses to the first; with the group
+# clip, which is ours, they see to both, and so does "grpo-mask".
 # ==================================================================================================
+
+CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves far less than a token's
+    "grpo": (0.2, 0.2),
+    "grpo-mask": (0.2, 0.2),
+    "gspo": (3e-4, 4e-4),
+    "grpo-fix": (0.5, 0.5),  # of TGC's losses, the group clip; (1, inf) is TGC's own form
+    "dfpo-min": (0.02, 0.02),
+    "dfpo-orth": (0.02, 0.02),
+}
 
 
 def clipped_objective(ratio, advantages, low, high):
@@ -1186,25 +1131,15 @@ def loss_denominator(mask, loss):
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=None, denominator=None
 ):
-    """The loss to minimise (a scalar), and its statistics (a dict).
+    """The loss to minimise (a scalar), and its statistics (a dict). For every loss, d loss / d logprobs =
+    -coef / denominator, and only logprobs gets a gradient.
 
     logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows; float32, for in
-    half precision a ratio near 1 is mostly rounding.
-      "grpo":       per-token ratio, PPO's clip (GRPO with a token mean).
-      "grpo-fix":   stop-gradient of the clipped per-token ratio, whatever the advantage's sign (TGC).
-      "grpo-mask":  stop-gradient of the per-token ratio, 0 outside the clip range whatever the advantage's
-                    sign (as IcePop masks, arXiv:2510.18855). Not TGC's: shared tokens cancel, and
-                    tokens outside the range are let go.
-      "gspo":       the response's ratio, geometric mean over its tokens, PPO's clip, a mean of token means.
-                    Written token by token (GSPO-token), the same where advantages are constant in a response.
-      "dfpo-min", "dfpo-orth":  stop-gradient of the responses' ratios after min_replace or adv_orthogonal
-                    (TGC's DFPO). dfpo-orth goes by each response's mean advantage, so it cancels where the
-                    advantage is the same for all tokens of a response.
-    For every one, d loss / d logprobs = -coef / denominator.
-    clip: (low, high), by default CLIP's. denominator: that of the whole update, of which this may be a part.
-    Statistics: clip_fraction (of the tokens whose ratio the clip changes), approx_kl (k3 estimate of
-    KL(sampler || policy)), and coef [N, T]. The value of a loss with a stop-gradient means nothing.
-    Only logprobs gets a gradient. Raises ValueError for an unknown loss, and for other shapes.
+    half precision a ratio near 1 is mostly rounding. loss: see the branches. clip: (low, high), by default
+    CLIP's. denominator: that of the whole update, of which this may be a part.
+    Statistics: clip_fraction (of the tokens that the clip lets go), approx_kl (k3 estimate of
+    KL(sampler || policy)), and coef [N, T]. The value of a loss with a fixed weight means nothing.
+    Raises ValueError for an unknown loss, and for other shapes.
     """
     if loss not in CLIP:
         raise ValueError(f"loss must be one of {', '.join(CLIP)}, not {loss!r}")
@@ -1217,35 +1152,40 @@ def policy_loss(
     advantages = advantages.detach().masked_fill(padding, 0.0)
     old_logprobs = torch.maximum(old_logprobs, logprobs.detach() - 20)  # a ratio is at most exp(20): no NaN
     log_ratio = logprobs - old_logprobs  # [N, T]
+    scale = 1.0
     if loss in ("gspo", "dfpo-min", "dfpo-orth"):
-        # its value is the response's mean, its gradient each token's own
+        # one ratio for a response: its value is the response's mean, its gradient each token's own
         log_ratio = masked_mean(log_ratio.detach(), mask) + logprobs - logprobs.detach()
     ratio = log_ratio.exp()  # [N, T]
-    groups = ratio.detach()[:, 0].view(-1, group_size)  # [P, G] the first token's ratio; dfpo: the response's
-    scale = 1.0
-    if loss == "grpo":
+    fixed = ratio.detach()
+    inside = (fixed >= 1 - low) & (fixed <= 1 + high)  # [N, T]
+    first = fixed[:, 0].view(-1, group_size)  # [P, G] for dfpo the ratio of each response
+    if loss == "grpo":  # per-token ratio, PPO's clip, token mean
         objective, weight = clipped_objective(ratio, advantages, low, high)
-    elif loss == "gspo":
+    elif loss == "gspo":  # the response's ratio, PPO's clip, mean of token means (GSPO-token)
         objective, weight = clipped_objective(ratio, advantages, low, high)
         scale = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
-    elif loss == "grpo-fix":
-        weight = ratio.detach().clamp(1 - low, 1 + high)
-    elif loss == "grpo-mask":
-        weight = ratio.detach() * ((ratio >= 1 - low) & (ratio <= 1 + high))
-    elif loss == "dfpo-min":
-        weight = min_replace(groups).reshape(-1, 1).expand_as(ratio)
-    elif loss == "dfpo-orth":
+    elif loss == "grpo-mask":  # let go on both sides, whatever the advantage's sign (IcePop, arXiv:2510.18855)
+        weight = fixed * inside
+    elif loss == "grpo-fix":  # TGC: the clip changes the weight alone, whatever the advantage's sign
+        weight = fixed.clamp(0.8, 1.2)
+    elif loss == "dfpo-min":  # TGC: one weight for the group
+        weight = min_replace(first).reshape(-1, 1).expand_as(ratio)
+    elif loss == "dfpo-orth":  # TGC: weights that cancel where a response's advantage is the same everywhere
         mean_advantage = masked_mean(advantages, mask).view(-1, group_size)  # [P, G]
-        weight = adv_orthogonal(groups, mean_advantage).reshape(-1, 1).expand_as(ratio)
+        weight = adv_orthogonal(first, mean_advantage).reshape(-1, 1).expand_as(ratio)
+    if loss in ("grpo-fix", "dfpo-min", "dfpo-orth"):
+        # group clip (ours): where one ratio is outside, the whole group is let go, so shared tokens still cancel
+        group_inside = inside.view(-1, group_size * mask.shape[1]).all(1)  # [P]
+        weight = weight * group_inside.repeat_interleave(group_size)[:, None]
     if loss not in ("grpo", "gspo"):
         objective = weight * advantages * logprobs
-    clipped = (weight != ratio.detach()) * mask if loss not in ("dfpo-min", "dfpo-orth") else mask * 0
     tokens = mask.sum().clamp(min=1)
-    stats = {
-        "clip_fraction": float(clipped.sum() / tokens),
-        "approx_kl": float(k3(old_logprobs, logprobs.detach()).sum() / tokens),
-        "coef": weight * scale * advantages * mask,
-    }
+    stats = dict(
+        clip_fraction=float(((weight == 0) * mask).sum() / tokens),
+        approx_kl=float(k3(old_logprobs, logprobs.detach()).sum() / tokens),
+        coef=weight * scale * advantages * mask,
+    )
     if denominator is None:
         denominator = max(loss_denominator(mask, loss), 1)
     return -(objective * scale * mask).sum() / denominator, stats
@@ -1257,35 +1197,24 @@ def micro_batches(rollout, group_size, groups):
     Whole, because section 6 needs all of a group's ratios, and because a prompt is then computed once. Yields
     the rows [n], ids [n, L + T], attention mask [n, L + T], and T.
     """
-    lengths = rollout.mask.sum(1).view(-1, group_size).amax(1)  # [P]
-    members = torch.arange(group_size, device=lengths.device)
-    for part in lengths.argsort(stable=True).split(groups):
-        rows = (part[:, None] * group_size + members).reshape(-1)  # [n]
-        T = int(lengths[part].max())
-        L = int(rollout.prompt_mask[part].sum(1).max())
-        prompt_ids = rollout.prompt_ids[part, -L:].repeat_interleave(group_size, 0)  # [n, L]
-        prompt_mask = rollout.prompt_mask[part, -L:].repeat_interleave(group_size, 0)  # [n, L]
-        ids = torch.cat([prompt_ids, rollout.ids[rows, :T]], 1)
-        yield rows, ids, torch.cat([prompt_mask, rollout.mask[rows, :T]], 1), T
-
-
-def mean_residual(coef, rollout, group_size):
-    """cancellation_residual, mean over the groups that push at all; coef [N, T]."""
-    residuals = []
-    groups = zip(coef.split(group_size), rollout.ids.split(group_size), rollout.mask.split(group_size))
-    for c, ids, mask in groups:
-        if c.any():
-            residuals.append(cancellation_residual(c, ids, mask))
-    return fmean(residuals) if residuals else 0.0
+    prompt_ids = rollout.prompt_ids.repeat_interleave(group_size, 0)  # [N, L]
+    prompt_mask = rollout.prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
+    longest = rollout.mask.sum(1).view(-1, group_size).amax(1)  # [P]
+    every = torch.arange(len(rollout.ids), device=longest.device).view(-1, group_size)  # [P, G]
+    for part in longest.argsort(stable=True).split(groups):
+        rows = every[part].view(-1)  # [n]
+        T = int(longest[part].max())
+        L = int(prompt_mask[rows].sum(1).max())
+        ids = torch.cat([prompt_ids[rows, -L:], rollout.ids[rows, :T]], 1)
+        yield rows, ids, torch.cat([prompt_mask[rows, -L:], rollout.mask[rows, :T]], 1), T
 
 
 def update(model, optimizer, rollout, advantages, config, reference=None):
-    """`config.updates` optimiser steps on one rollout; advantages [N, T]. Returns statistics (a dict).
+    """`config.updates` optimiser steps on one rollout; advantages [N, T]. Returns their mean statistics.
 
     The denominator is that of the whole update, so the gradient does not depend on how many micro-batches or
     processes there are. The old log-probabilities are the sampler's: no pass is spent on them. Below float32,
-    where the sampler rounds otherwise, they are those of the first update. A step whose gradient is not
-    finite is skipped; statistics are means over the others. reference: for --kl.
+    where the sampler rounds otherwise, they are those of the first update. reference: for --kl.
     """
     training_mode(model)
     G = config.group_size
@@ -1293,12 +1222,9 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
     denominator = sum(gather(loss_denominator(rollout.mask, config.loss)))
     tokens = sum(gather(int(rollout.mask.sum())))
     old_logprobs = rollout.logprobs.clone()  # [N, T]
-    names = ("loss", "grad_norm", "clip_fraction", "approx_kl", "residual")
-    totals = dict.fromkeys(names, 0.0)
-    done = 0
+    coef = torch.zeros_like(advantages)  # [N, T]
+    totals = defaultdict(float)
     for number in range(config.updates):
-        stats = defaultdict(float)
-        coef = torch.zeros_like(advantages)  # [N, T]
         for rows, ids, attention, T in micro_batches(rollout, G, config.micro_batch):
             mask = rollout.mask[rows, :T]
             with precision(config.device, config.dtype):
@@ -1306,26 +1232,22 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
             if number == 0 and config.dtype != "float32":  # this pass is the old policy's, too
                 old_logprobs[rows, :T] = logprobs.detach()
             tensors = (logprobs, old_logprobs[rows, :T], advantages[rows, :T], mask)
-            loss, part = policy_loss(*tensors, G, config.loss, config.clip, denominator)
+            loss, stats = policy_loss(*tensors, G, config.loss, config.clip, denominator)
             if reference is not None:
                 with torch.no_grad(), precision(config.device, config.dtype):
                     reference_logprobs = token_logprobs(reference, ids, attention, T, config.temperature, G)
-                penalty = k3(logprobs, reference_logprobs).sum() / tokens  # both are 0 at padding
-                loss = loss + config.kl * penalty
+                loss = loss + config.kl * k3(logprobs, reference_logprobs).sum() / tokens
             loss.backward()
-            coef[rows, :T] = part["coef"]
-            stats["loss"] += loss.item()
+            coef[rows, :T] = stats["coef"]
+            totals["loss"] += loss.item()
             for name in ("clip_fraction", "approx_kl"):
-                stats[name] += part[name] * float(mask.sum() / tokens)
-        stats = defaultdict(float, {name: sum(gather(value)) for name, value in stats.items()})
-        stats["grad_norm"] = descend(model, optimizer, config.max_grad_norm)
-        stats["residual"] = mean_residual(coef, rollout, G)
-        if math.isfinite(stats["grad_norm"]):
-            done += 1
-            for name in names:
-                totals[name] += stats[name]
-    means = {name: total / max(done, 1) for name, total in totals.items()}
-    return means | dict(skipped=config.updates - done)
+                totals[name] += stats[name] * float(mask.sum() / tokens)
+        totals["grad_norm"] += descend(model, optimizer, config.max_grad_norm) / WORLD
+        groups = zip(coef.split(G), rollout.ids.split(G), rollout.mask.split(G))
+        residuals = [cancellation_residual(*group) for group in groups if group[0].any()]
+        totals["residual"] += fmean(residuals or [0.0]) / WORLD
+    means = {name: sum(gather(total)) / config.updates for name, total in totals.items()}
+    return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
 
 # ==================================================================================================
@@ -1346,7 +1268,7 @@ class Models(NamedTuple):
 
 
 def step_tasks(tasks, step, config):
-    """A step's tasks, `config.prompts` of them, and a seed for sampling each; of these, this process's."""
+    """A step's tasks, and a seed for sampling each: of `config.prompts`, those of this process."""
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62))  # for the discriminator's choice of pairs
     drawn = rng.choices(tasks, k=config.prompts)
@@ -1357,18 +1279,10 @@ def step_tasks(tasks, step, config):
 def roll_out(policy, tasks, group_size, seeds, config):
     """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
+    limits = (group_size, config.max_new_tokens, config.temperature)
+    graph = config.graph and config.device == "cuda" and can_be_recorded(policy.model.config)
     with precision(config.device, config.dtype):
-        return sample(
-            policy.model,
-            prompts,
-            group_size,
-            config.max_new_tokens,
-            config.temperature,
-            policy.end_ids,
-            pad_id=policy.end_ids[0],
-            seeds=seeds,
-            graph=config.graph and config.device == "cuda" and can_be_recorded(policy.model.config),
-        )
+        return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds, graph)
 
 
 def criteria_of(tasks, verdicts):
@@ -1376,13 +1290,10 @@ def criteria_of(tasks, verdicts):
 
     verdicts [N, K] -> for each of the N responses a list of texts.
     """
-    G = len(verdicts) // len(tasks)
     criteria = []
     for i, row in enumerate(verdicts.tolist()):
-        texts = []
-        for rubric, s in zip(tasks[i // G].rubrics, row):
-            texts.append(f"{'yes' if s > 0 else 'no'}: {rubric.criterion}")
-        criteria.append(texts)
+        rubrics = tasks[i * len(tasks) // len(verdicts)].rubrics
+        criteria.append([f"{'yes' if s > 0 else 'no'}: {rubric.criterion}" for rubric, s in zip(rubrics, row)])
     return criteria
 
 
@@ -1402,8 +1313,10 @@ def token_relevance(discriminator, tasks, rollout, verdicts, evidence, known, co
         return evidence, {}
     criteria = criteria_of(tasks, verdicts)
     wanted = verdicts
-    if config.partition in ("verdict", "contested", "cross"):  # where a group agrees, they need no relevance
-        wanted = contested(verdicts, config.group_size)
+    if config.partition in ("verdict", "contested", "cross"):  # rubrics on which a group agrees need none
+        grouped = verdicts.view(len(tasks), config.group_size, -1)  # [P, G, K]
+        differs = (grouped != grouped[:, :1]).any(1, keepdim=True)  # [P, 1, K]
+        wanted = (grouped * differs).view_as(verdicts)
     relevance = discriminator.predict(criteria, rollout.ids, rollout.mask, wanted)
     f1, auroc = f1_and_auroc(*scored_tokens(relevance, evidence, wanted * known, rollout.mask))
     discriminator.fit(criteria, rollout.ids, rollout.mask, evidence, known)
@@ -1411,15 +1324,22 @@ def token_relevance(discriminator, tasks, rollout, verdicts, evidence, known, co
 
 
 def batch_advantages(rewards, verdicts, relevance, mask, config):
-    """Section 5 for each group of a batch: rewards [N], verdicts [N, K], relevance [N, K, T] -> [N, T]."""
+    """Section 5 for each group of a batch: rewards [N], verdicts [N, K], relevance [N, K, T] -> [N, T].
+
+    Also returns the token level's share, mean |alpha * a| / mean |A|; None where no response level is left.
+    """
     advantages = []
+    response_push = 0.0
+    token_push = 0.0
     G = config.group_size
     groups = zip(rewards.split(G), verdicts.split(G), relevance.split(G), mask.split(G))
     for R, s, w, valid in groups:  # [G], [G, K], [G, K, T], [G, T]
         response_adv = response_advantage(R)  # [G]
-        token_adv = token_advantage(s, w, valid, config.partition)  # [G, T]
+        token_adv = token_advantage(s, w, valid, config.partition, pool=config.pool)  # [G, T]
         advantages.append(combine_advantages(response_adv, token_adv, valid, config.alpha, config.combine))
-    return torch.cat(advantages)
+        response_push += float((response_adv[:, None] * valid).abs().sum())
+        token_push += float((config.alpha * token_adv * valid).abs().sum())
+    return torch.cat(advantages), token_push / response_push if response_push else None
 
 
 @contextmanager
@@ -1433,7 +1353,7 @@ def timed(seconds, phase):
 
 
 def train_step(models, tasks, seeds, config):
-    """The pipeline of the opening picture, once. Returns a row of metrics, and what show_credit needs."""
+    """The pipeline of the opening picture, once. Returns a row of metrics, and what credit needs."""
     policy = models.policy
     seconds = {}
     with timed(seconds, "seconds_rollout"):
@@ -1442,11 +1362,11 @@ def train_step(models, tasks, seeds, config):
         _, verdicts, evidence, known = grade(policy.tokenizer, rollout, tasks, models.judge)
         rewards = response_reward(verdicts, config.reward)  # [N, K] -> [N]
     with timed(seconds, "seconds_relevance"):
-        relevance, quality = token_relevance(
-            models.discriminator, tasks, rollout, verdicts, evidence, known, config
-        )  # [N, K, T]
+        graded = (verdicts, evidence, known)
+        relevance, quality = token_relevance(models.discriminator, tasks, rollout, *graded, config)
     with timed(seconds, "seconds_update"):
-        advantages = batch_advantages(rewards, verdicts, relevance, rollout.mask, config)  # [N, T]
+        scores = (rewards, verdicts, relevance)
+        advantages, token_share = batch_advantages(*scores, rollout.mask, config)  # [N, T]
         stats = update(policy.model, models.optimizer, rollout, advantages, config, models.reference)
     tokens = int(rollout.mask.sum())
     grouped = rewards.view(-1, config.group_size)  # [P, G]
@@ -1457,12 +1377,12 @@ def train_step(models, tasks, seeds, config):
         entropy=float(rollout.entropy.sum() / tokens),  # in nats a token
         truncated=float(rollout.truncated.float().mean()),
         zero_variance=float((grouped == grouped[:, :1]).all(1).float().mean()),  # groups that teach nothing
+        token_share=token_share,
         tokens=tokens,
         seconds=sum(seconds.values()),
         tokens_per_second=tokens / sum(seconds.values()),
     )
-    example = (tasks[0], rollout.ids[0], rollout.mask[0], verdicts[0], advantages[0])
-    return row | quality | stats | seconds, example
+    return row | quality | stats | seconds, (tasks[0], rollout, verdicts, relevance, evidence, known)
 
 
 def progress(items, what):
@@ -1482,39 +1402,37 @@ def warm_up(models, tasks, config):
             models.discriminator.fit(criteria_of(drawn, verdicts), rollout.ids, rollout.mask, evidence, known)
 
 
-def train(models, train_tasks, eval_tasks, out, config, done=0, before=None):
-    """Warm-up, then the steps after `done`; one line a step to metrics.jsonl, and checkpoints.
-
-    done: steps that were made already. before: the evaluation before training, kept in checkpoints.
-    """
+def train(models, train_tasks, eval_tasks, out, config, done=0):
+    """Warm-up, then the steps after `done`: a line of metrics.jsonl each, sometimes a checkpoint."""
     if models.discriminator and done == 0:
         warm_up(models, train_tasks, config)
     bar = progress(range(done + 1, config.steps + 1), "train")
     for step in bar:
-        tasks, seeds = step_tasks(train_tasks, step, config)
-        row, example = train_step(models, tasks, seeds, config)
+        row, example = train_step(models, *step_tasks(train_tasks, step, config), config)
         measured = config.eval_every and step % config.eval_every == 0 and step < config.steps
         if measured:
             result, _ = evaluate(models.policy, eval_tasks[: config.eval_prompts], config, models.judge)
             row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
+        shown = measured or step in (1, config.steps)
         if RANK == 0:
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(step=step, **row)) + "\n")
-        if step == config.steps or step % config.save_every == 0:
-            save_checkpoint(out, models, step, before)
+            append(out / "metrics.jsonl", dict(step=step) | row)
+        if RANK == 0 and shown:
+            append(out / "credit.jsonl", dict(step=step) | credit(models.policy, config, *example))
+            write_page(out, config)
+        if measured or step == config.steps:
+            save_checkpoint(out, models, step)
         if measured:  # after all is written: nothing that is only shown may cost a step
             line = "step {step:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
             line += "{prompts} held-out prompts: {eval_instruction:.1%} / {eval_rubric:.1%}"
             tqdm.write(line.format(step=step, prompts=result["prompts"], **row))
-            tqdm.write(show_credit(models.policy.tokenizer, *example))
         bar.set_postfix_str(f"reward {row['reward']:.2f}, entropy {row['entropy']:.2f}")
 
 
 # ==================================================================================================
 # 9. Measuring, showing, saving
 #
-# In: what the loop has made.  Out: accuracies on held-out prompts, with every response and its evidence; the
-# credit of a response in colours; checkpoints.
+# In: what the loop has made.  Out: accuracies on held-out prompts, with every response and its evidence; a page
+# that shows which token is paid for what; checkpoints.
 # ==================================================================================================
 
 
@@ -1546,21 +1464,21 @@ def evaluate(policy, tasks, config, judge=None, discriminator=None):
         truncated = rollout.truncated.tolist()
         records += map(record, seeds, part, texts, truncated, verdicts.tolist(), known.tolist())
         if discriminator:
-            criteria = criteria_of(part, verdicts)
-            relevance = discriminator.predict(criteria, rollout.ids, rollout.mask, verdicts)
+            relevance = discriminator.predict(criteria_of(part, verdicts), rollout.ids, rollout.mask, verdicts)
             scored.append(scored_tokens(relevance, evidence, known, rollout.mask))
-    records = [each for part in gather(records) for each in part]
+    records = sum(gather(records), [])
     records.sort(key=lambda each: each["index"])
-    kinds = defaultdict(list)  # rubric id -> whether it was satisfied, each time
+    kinds = defaultdict(lambda: [0, 0])
     for each in records:
         for rubric in each["rubrics"]:
-            kinds[rubric["id"]].append(rubric["satisfied"])
+            kinds[rubric["id"]][0] += rubric["satisfied"]
+            kinds[rubric["id"]][1] += 1
     result = dict(
         prompts=len(tasks),
         instruction=fmean(all(rubric["satisfied"] for rubric in each["rubrics"]) for each in records),
-        rubric=sum(map(sum, kinds.values())) / sum(map(len, kinds.values())),
+        rubric=sum(met for met, _ in kinds.values()) / sum(total for _, total in kinds.values()),
         truncated=fmean(each["truncated"] for each in records),
-        kinds={kind: [sum(kinds[kind]), len(kinds[kind])] for kind in sorted(kinds)},
+        kinds=dict(sorted(kinds.items())),
     )
     if scored:  # on the first process's prompts
         relevance = torch.cat([part for part, _ in scored])
@@ -1584,44 +1502,77 @@ def table(before, after):
     return "\n".join(lines)
 
 
-def show_credit(tokenizer, task, ids, mask, verdicts, advantages):
-    """One response with its mean advantage; in a terminal, tokens above it are blue and those below orange.
+CURVES = {"eval_instruction", "eval_rubric", "reward", "entropy", "residual", "token_share"}
 
-    ids, mask, advantages [T], verdicts [K].
+
+def append(path, row):
+    """Add a row to a file of JSON lines."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def credit(policy, config, task, rollout, verdicts, relevance, evidence, known):
+    """The first group of a step in numbers, for every partition and loss: a dict, as data/credit.html reads it.
+
+    The ratios are those of the policy as it is now, after the step's update.
     """
-    texts, tokens = token_spans(tokenizer, [ids[mask > 0].tolist()])
-    text = texts[0]
-    mean = advantages[mask > 0].mean()
-    offset = (advantages - mean)[mask > 0]
-    strength = offset / offset.abs().max().clamp(min=1e-6)
-    pieces = []
-    shown = 0
-    for (start, end), value in zip(tokens[0], strength.tolist()):
-        piece = text[max(start, shown) : end]
-        if start == len(text):
-            piece = "⏎"  # the end token
-        shown = max(shown, end)
-        if sys.stdout.isatty():
-            fade = 255 - int(155 * abs(value))
-            colour = f"{fade};{fade};255" if value > 0 else f"255;{(fade + 255) // 2};{fade}"
-            piece = f"\033[30;48;2;{colour}m{piece}\033[0m"
-        pieces.append(piece)
-    marks = []
-    for rubric, s in zip(task.rubrics, verdicts.tolist()):
-        marks.append(f"[{'x' if s > 0 else ' '}] {rubric.criterion}")
-    return f"\n{task.prompt}\n{', '.join(marks)}; advantage {mean:+.2f}\n{''.join(pieces)}\n"
+    G = config.group_size
+    K = len(task.rubrics)
+    mask = rollout.mask[:G]
+    ids = rollout.ids[:G]
+    verdicts = verdicts[:G, :K]
+    relevance = relevance[:G, :K]
+    joined = torch.cat([rollout.prompt_ids[:1].expand(G, -1), ids], 1)
+    attention = torch.cat([rollout.prompt_mask[:1].expand(G, -1), mask], 1)
+    with torch.no_grad(), precision(config.device, config.dtype):
+        logprobs = token_logprobs(policy.model, joined, attention, ids.shape[1], config.temperature, G)
+    ratio = (logprobs - rollout.logprobs[:G]).exp()
+    rewards = response_reward(verdicts, config.reward)  # [G]
+    response_adv = response_advantage(rewards)  # [G]
+    lengths = mask.sum(1).tolist()
+
+    def rows(x):  # [G, T] -> a list for each response, without padding
+        return [[float(f"{value:.4g}") for value in row[:n]] for row, n in zip(x.tolist(), lengths)]
+
+    written = [row[:n] for row, n in zip(ids.tolist(), lengths)]
+    tokens = []
+    for text, spans_of_row in zip(*token_spans(policy.tokenizer, written)):
+        ends = [0] + [end for _, end in spans_of_row]  # a character of several tokens stands at the first
+        pieces = [text[max(span[0], shown) : span[1]] for span, shown in zip(spans_of_row, ends)]
+        tokens.append([piece if span[0] < len(text) else "⏎" for piece, span in zip(pieces, spans_of_row)])
+    group = dict(prompt=task.prompt, rubrics=[rubric.criterion for rubric in task.rubrics], tokens=tokens)
+    group |= dict(ids=written, logprob=rows(rollout.logprobs[:G]), ratio=rows(ratio), verdicts=verdicts.tolist())
+    group |= dict(reward=rewards.tolist(), response_advantage=response_adv.tolist(), partitions={})
+    group |= dict(relevance=[rows(relevance[:, k]) for k in range(K)], known=known[:G, :K].tolist())
+    group |= dict(evidence=[rows(evidence[:G, k]) for k in range(K)])
+    for partition in PARTITIONS:
+        token_adv = token_advantage(verdicts, relevance, mask, partition, pool=config.pool)
+        advantage = combine_advantages(response_adv, token_adv, mask, config.alpha, config.combine)
+        part = dict(token_advantage=rows(token_adv), advantage=rows(advantage), coef={}, residual={})
+        for loss in CLIP:
+            _, stats = policy_loss(logprobs, rollout.logprobs[:G], advantage, mask, G, loss)
+            part["coef"][loss] = rows(stats["coef"])
+            part["residual"][loss] = cancellation_residual(stats["coef"], ids, mask)
+        group["partitions"][partition] = part
+    return group
 
 
-def write_whole(path, content):
-    """Write a text, or what torch.save takes, to a new file, then rename it: `path` is never half written."""
-    if RANK > 0:  # one process writes for all
-        return
-    new = path.with_name(path.name + ".new")
-    if isinstance(content, str):
-        new.write_text(content, encoding="utf-8")
-    else:
-        torch.save(content, new)
-    os.replace(new, path)
+def write_page(out, config):
+    """credit.html in the run's folder: data/credit.html with the numbers of credit.jsonl and metrics.jsonl."""
+    groups = {}
+    for line in (out / "credit.jsonl").read_text(encoding="utf-8").splitlines():
+        group = json.loads(line)
+        groups[group["step"]] = group  # a step that was done again gives the same
+    curves = defaultdict(list)
+    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for name in CURVES & row.keys():
+            curves[name].append([row["step"], row[name], None])
+    setting = {name: getattr(config, name) for name in ("partition", "loss", "alpha", "reward", "relevance")}
+    data = dict(title=out.name, setting=setting, groups=list(groups.values()), curves={"this run": curves})
+    page = (DATA / "credit.html").read_text(encoding="utf-8")
+    text = json.dumps(data, ensure_ascii=False).replace("<", r"\u003c")  # no text can end the script
+    (out / "credit.html").write_text(page.replace('"DATA"', text, 1), encoding="utf-8")
 
 
 def trained(models):
@@ -1633,29 +1584,43 @@ def trained(models):
     return parts
 
 
-def save_checkpoint(out, models, done, before):
-    """Everything that the rest of a run depends on, in one file."""
-    state = {name: part.state_dict() for name, part in trained(models).items()}
-    write_whole(out / "checkpoint.pt", state | dict(done=done, before=before))
+def save_checkpoint(out, models, done):
+    """Everything that the rest of a run depends on, in one file, which is never half written."""
+    if RANK == 0:
+        state = {name: part.state_dict() for name, part in trained(models).items()}
+        torch.save(state | dict(done=done), out / "checkpoint.new")
+        os.replace(out / "checkpoint.new", out / "checkpoint.pt")
 
 
 def load_checkpoint(out, models):
-    """Put all back as it was at the checkpoint, if there is one. Returns done and before, for `train`.
+    """Put all back as it was at the checkpoint, if there is one. Returns how many steps were done.
 
     Lines of metrics.jsonl that came after it go: their steps are done again.
     """
     done = 0
-    before = None
     if (out / "checkpoint.pt").is_file():
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        done = state["done"]
         for name, part in trained(models).items():
             part.load_state_dict(state[name])
-        done = state["done"]
-        before = state["before"]
     if (out / "metrics.jsonl").is_file():
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        write_whole(out / "metrics.jsonl", "".join(lines[:done]))  # a line is a step
-    return done, before
+        with open(out / "metrics.jsonl", "rb+") as file:
+            for _ in range(done):  # a line is a step
+                file.readline()
+            file.truncate()
+    return done
+
+
+def save_results(policy, out, config, before, after, records):
+    """The trained policy, the held-out responses, the table: what a finished run leaves."""
+    (out / "responses.jsonl").unlink(missing_ok=True)
+    for each in records:
+        append(out / "responses.jsonl", each)
+    if not config.eval_only:
+        policy.model.generation_config.eos_token_id = policy.end_ids
+        policy.model.save_pretrained(out / "policy")
+        policy.tokenizer.save_pretrained(out / "policy")
+    (out / "result.json").write_text(json.dumps(dict(before=before, after=after), indent=2) + "\n")
 
 
 # ==================================================================================================
@@ -1664,20 +1629,19 @@ def load_checkpoint(out, models):
 # In: the command line.  Out: a run.  What is wrong is said in one line, before any time is spent on models.
 # ==================================================================================================
 
-LEAST = dict(rubrics=0, seed=0, steps=1, prompts=1, group_size=2, max_new_tokens=1, temperature=0.01, alpha=0)
-LEAST |= dict(warmup=0, updates=1, kl=0, micro_batch=1, eval_every=0, eval_prompts=1, save_every=1)
-LEAST |= dict(lr=1e-30, max_grad_norm=1e-30, discriminator_lr=1e-30)
+MAY_BE_ZERO = ("rubrics", "seed", "alpha", "warmup", "kl", "eval_every")
 
 
 def checked(config):
     """The settings with "auto" and short names filled in. Raises BadInput for what is not possible."""
-    for name, least in LEAST.items():
-        if not least <= getattr(config, name) < 2**62:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    if config.clip and (len(config.clip) != 2 or not all(x > 0 for x in config.clip)):
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and not (0 < value < 2**62 or value == 0 and name in MAY_BE_ZERO):
+            least = "at least 0" if name in MAY_BE_ZERO else "above 0"
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be {least}")
+    if config.group_size < 2:
+        raise BadInput("--group-size 1: must be at least 2, or there is nothing to compare with")
+    if config.clip and (len(config.clip) != 2 or not min(config.clip) > 0):
         raise BadInput("--clip: needs two numbers above 0, how far a ratio may go below and above 1")
-    if config.clip and config.loss.startswith("dfpo"):
-        raise BadInput(f"--clip: --loss {config.loss} clips nothing")
     if config.combine == "mix" and config.alpha > 1:
         raise BadInput("--combine mix: --alpha must be at most 1, or rewards would count backwards")
     if config.prompts % WORLD:
@@ -1755,40 +1719,44 @@ def turn_end(tokenizer):
     return None
 
 
-def without_dropout(config):
-    """The config with every probability of dropping something at 0: it would turn the ratios into noise."""
-    for name, value in vars(config).items():
-        if isinstance(value, transformers.PreTrainedConfig):  # the text model's part of a larger one
-            without_dropout(value)
-        elif "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
-    return config
-
-
-def load_policy(where, name, config, dtype, tasks, around=""):
-    """The Policy of a local folder or a hub id, with room for these tasks' prompts in its context.
-
-    where: for messages. around: what a judge reads beside the prompt. Raises BadInput if it cannot be used.
-    """
+def load(where, kind, name, **options):
+    """kind.from_pretrained(name), of a local folder or a hub id. Raises BadInput; `where` is for its message."""
     try:
-        settings = without_dropout(AutoConfig.from_pretrained(name))
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        quantised = getattr(settings, "quantization_config", None)
-        if not quantised:
-            options = dict(config=settings, dtype=dtype, use_safetensors=True)  # no pickles, no remote code
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+        return kind.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = f"cannot be loaded from here or the hub ({reason}); python rtt.py alone needs no download"
         raise BadInput(f"{where}: {reason}") from None
-    if quantised:
+
+
+def without_dropout(settings):
+    """Set every probability of dropping something in a model's config to 0: it would turn ratios into noise."""
+    for name, value in vars(settings).items():
+        if isinstance(value, transformers.PreTrainedConfig):  # the text model's part of a larger one
+            without_dropout(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(settings, name, 0.0)
+
+
+def load_policy(where, name, config, dtype, tasks, around=""):
+    """A Policy with room for these tasks' prompts in its context. Raises BadInput if it cannot be used.
+
+    where: for messages. around: what a judge reads beside the prompt.
+    """
+    settings = load(where, AutoConfig, name)
+    tokenizer = load(where, AutoTokenizer, name)
+    if getattr(settings, "quantization_config", None):
         raise BadInput(f"{where}: is quantised; only weights in floating point can be trained")
+    without_dropout(settings)
+    options = dict(config=settings, dtype=dtype, use_safetensors=True)  # no pickles, no remote code
+    model = load(where, AutoModelForCausalLM, name, **options)
     longest = max(len(encode_prompt(tokenizer, task.prompt + around)) for task in tasks)
     if longest == 0:
         raise BadInput(f"{where}: has no tokenizer, or one without any token")
-    if longest + config.max_new_tokens > context_length(settings):
-        limit = f"exceed the context of {context_length(settings)} tokens"
-        raise BadInput(f"{where}: a prompt of {longest} and --max-new-tokens {config.max_new_tokens} {limit}")
+    room = context_length(settings)
+    if longest + config.max_new_tokens > room:
+        sizes = f"a prompt of {longest} and --max-new-tokens {config.max_new_tokens}"
+        raise BadInput(f"{where}: {sizes} exceed the context of {room} tokens")
     kinds = set(getattr(settings.get_text_config(), "layer_types", None) or [])
     needed = {"cache", "position_ids", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys()
     if needed or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
@@ -1806,7 +1774,6 @@ def load_models(tasks, config):
     policy = load_policy(f"--model {config.model}", config.model, config, torch.float32, tasks)
     judge = None
     discriminator = None
-    reference = None
     judged = [task for task in tasks if any(map(needs_judge, task.rubrics))]
     if judged:
         name = config.judge or config.model
@@ -1814,18 +1781,12 @@ def load_models(tasks, config):
         judge = load_policy(f"--judge {name}", name, config, getattr(torch, config.dtype), judged, around)
         yes = first_tokens(judge.tokenizer, "yes")
         no = first_tokens(judge.tokenizer, "no")
-        if not (yes - no and no - yes):
+        if yes <= no or no <= yes:
             raise BadInput(f"--judge {name}: its tokenizer begins yes and no alike")
-    if not config.eval_only and config.relevance == "discriminator" and config.alpha:
-        settings = without_dropout(AutoConfig.from_pretrained(config.model))
-        transformers.logging.set_verbosity_error()  # it says that the language model's head is not used
-        options = dict(config=settings, dtype=torch.float32, use_safetensors=True)
-        base = AutoModel.from_pretrained(config.model, **options)
-        transformers.logging.set_verbosity_warning()
-        base = base.to(config.device)
+    if config.relevance == "discriminator" and config.alpha and not config.eval_only:
+        base = copy.deepcopy(policy.model.base_model)
         discriminator = RelevanceDiscriminator(base, policy.tokenizer, config.discriminator_lr, config.dtype)
-    if not config.eval_only and config.kl:
-        reference = copy.deepcopy(policy.model)
+    reference = copy.deepcopy(policy.model) if config.kl else None
     if config.gradient_checkpointing:
         try:
             policy.model.activation_checkpointing_enable()
@@ -1853,33 +1814,22 @@ def run(config, train_tasks, eval_tasks, out):
     start = time.perf_counter()
     torch.manual_seed(config.seed)
     models = load_models(train_tasks + eval_tasks, config)
-    policy = models.policy
-    done, before = load_checkpoint(out, models)
+    before, records = evaluate(models.policy, eval_tasks, config, models.judge)
+    print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
+    done = load_checkpoint(out, models)
     if done > config.steps:
         raise BadInput(f"--steps {config.steps}: {done} are done already")
-    write_whole(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-    if before is None:
-        before, records = evaluate(policy, eval_tasks, config, models.judge)
-    print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
+    if RANK == 0:
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
     after = before
     if not config.eval_only:
-        train(models, train_tasks, eval_tasks, out, config, done, before)
-        after, records = evaluate(policy, eval_tasks, config, models.judge, models.discriminator)
+        train(models, train_tasks, eval_tasks, out, config, done)
+        after, records = evaluate(models.policy, eval_tasks, config, models.judge, models.discriminator)
     print(f"\n{table(before, after)}\n")
     if "f1" in after:
         print(f"discriminator on held-out prompts: token F1 {after['f1']:.3f}, AUROC {after['auroc']:.3f}")
-    if RANK == 0 and not config.eval_only:
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        phases = [name for name in rows[0] if name.startswith("seconds")]
-        means = [f"{name} {fmean(row[name] for row in rows):.2f}" for name in phases]
-        print(f"a step: {', '.join(means)}; {fmean(row['tokens_per_second'] for row in rows):.0f} tokens/s")
-        policy.model.generation_config.eos_token_id = policy.end_ids
-        policy.model.save_pretrained(out / "policy")
-        policy.tokenizer.save_pretrained(out / "policy")
-    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in records]
-    write_whole(out / "responses.jsonl", "".join(lines))
-    write_whole(out / "result.json", json.dumps(dict(before=before, after=after), indent=2) + "\n")
+    if RANK == 0:
+        save_results(models.policy, out, config, before, after, records)
     print(f"{time.perf_counter() - start:.0f} s in all; everything is in {out}")
 
 
@@ -1958,7 +1908,7 @@ def needs_judge(rubric):
 
 
 @verifier("language:response_language")
-def response_language(text, language: Literal[tuple(LANGUAGES)]):
+def response_language(text, language: LANGUAGES):
     """respond entirely in {language}"""
     scripts = tuple(script_of(language)[0].split())
     own = []
@@ -1976,20 +1926,20 @@ def response_language(text, language: Literal[tuple(LANGUAGES)]):
 
 
 @verifier("keywords:frequency")
-def keywords_frequency(text, keyword: str, frequency: int, relation: Relation):
+def keywords_frequency(text, keyword: str, frequency: int, relation: RELATION):
     """use the word {keyword} {relation} {frequency} times"""
     return counted(spans(re.escape(keyword.strip()), text), relation, frequency)
 
 
 @verifier("keywords:letter_frequency")
-def letter_frequency(text, letter: str, let_frequency: int, let_relation: Relation):
+def letter_frequency(text, letter: str, let_frequency: int, let_relation: RELATION):
     """use the letter {letter} {let_relation} {let_frequency} times"""
     found = [(i, i + 1) for i, char in enumerate(text) if letter.lower() in char.lower()]
     return counted(found, let_relation, let_frequency)
 
 
 @verifier("length_constraints:number_words")
-def number_words(text, num_words: int, relation: Relation):
+def number_words(text, num_words: int, relation: RELATION):
     """write {relation} {num_words} words"""
     satisfied, _ = counted(spans(r"\w+", text), relation, num_words)
     return satisfied, end_of(text)
@@ -2142,7 +2092,7 @@ def quotation(text):
 
 
 @verifier("change_case:capital_word_frequency")
-def capital_word_frequency(text, capital_frequency: int, capital_relation: Relation):
+def capital_word_frequency(text, capital_frequency: int, capital_relation: RELATION):
     """capitalize {capital_relation} {capital_frequency} words"""
     capitals = [(start, end) for start, end in spans(r"\w+", text) if text[start:end].isupper()]
     return counted(capitals, capital_relation, capital_frequency)
