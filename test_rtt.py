@@ -1792,3 +1792,23 @@ def test_the_tables_of_the_committed_results_are_in_their_text(capsys):
     for path in folder.glob("*.jsonl"):
         compare.main(["--table", str(path)])
         assert capsys.readouterr().out in (folder / "README.md").read_text(encoding="utf-8"), path
+
+
+def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds(tmp_path):
+    assert compare.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
+    assert compare.halves([(0, 0.1), (50, 0.2), (100, 0.4), (150, 0.6), (200, 0.8)]) == pytest.approx((30, 70))
+    first = dict(config=dict(out="base+seed=0"), curve=[[0, 0.1], [5, 0.3]])
+    second = dict(config=dict(out="base+seed=1"), curve=[[0, 0.1], [5, 0.5]])
+    compare.write_page([first, second], tmp_path / "curves.html")
+    curve = page_data((tmp_path / "curves.html").read_text(encoding="utf-8"))["curves"]["base"]["eval_instruction"]
+    assert curve[0] == [0, 0.1, 0]
+    assert curve[1] == [5, 0.4, pytest.approx(12.71 * 0.1)]
+
+
+def test_the_outcome_of_a_run_is_what_its_folder_says(finished):
+    outcome = compare.outcome(finished)
+    rows = read(finished / "metrics.jsonl")
+    result = json.loads((finished / "result.json").read_text())
+    assert outcome["instruction"] == 100 * result["after"]["instruction"]
+    assert outcome["residual"] == fmean(row["residual"] for row in rows)
+    assert [step for step, _ in outcome["curve"]] == [0, 2, 4]

@@ -23,7 +23,8 @@ from statistics import fmean, stdev
 
 RTT = Path(__file__).resolve().parent.parent / "rtt.py"
 GOAL = 0.5  # the held-out instruction-level accuracy whose first step the table names
-MEANS = ["entropy", "residual", "jitter", "seconds"]  # columns without an interval
+MEANS = ["entropy", "residual", "seconds"]  # columns without an interval
+CURVES = ["reward", "entropy", "residual", "token_share"]
 T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 1 to 10 numbers
 
 
@@ -32,6 +33,19 @@ def grid(options, values):
     return ",".join(f"{option}={value}" for option in options.split() for value in values.split())
 
 
+SAMPLES = [
+    "alpha=0",
+    "alpha=0+reward=csr",
+    "partition=intra",
+    "partition=intra+reward=csr",
+    "partition=contested+alpha=1+reward=csr+relevance=discriminator",
+    "partition=contested+alpha=1+reward=csr+relevance=evidence",
+    "partition=contested+alpha=1+reward=csr+relevance=shuffled",
+    "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=discriminator",
+    "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=evidence",
+    "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=shuffled",
+    "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=uniform",
+]
 STUDIES = {  # plain GRPO comes first: differences are to the first
     "rtt": "alpha=0,alpha=0+reward=csr,partition=intra,partition=intra+reward=csr,partition=verdict",
     "partition": "alpha=0,partition=intra,partition=intra+alpha=0.25,partition=intra+alpha=1,"
@@ -44,6 +58,8 @@ STUDIES = {  # plain GRPO comes first: differences are to the first
     "relevance": "alpha=0,"
     + grid("partition=intra+relevance partition=verdict+relevance", "evidence discriminator shuffled")
     + ",partition=verdict+relevance=uniform",
+    "samples": ",".join(SAMPLES),
+    "samples-rates": grid(" ".join(f"{name}+lr" for name in SAMPLES), "3e-5 1e-4 3e-4"),
     "lr": grid("alpha=0+lr partition=intra+lr partition=verdict+lr", "1e-4 3e-4 1e-3"),
 }
 
@@ -106,6 +122,15 @@ def step_of_goal(curve):
     return None
 
 
+def thinned(rows, name):
+    """A column of metrics as [[step, mean of ten steps], ...]; nulls are left out, None where nothing is left."""
+    points = []
+    for start in range(0, len(rows), 10):
+        values = [value for value in column(rows[start : start + 10], name) if value is not None]
+        points.append([start + 10, round(fmean(values), 4) if values else None])
+    return points
+
+
 def outcome(folder):
     """A finished run in numbers (per cent, but for the accuracies of the curve), with its settings."""
     config = (folder / "config.json").read_text()
@@ -118,16 +143,17 @@ def outcome(folder):
             levels[row["step"]] = row["eval_instruction"]
     levels[len(rows)] = result["after"]["instruction"]
     curve = list(levels.items())
-    changes = [abs(y - x) for (_, x), (_, y) in pairwise(curve)]
+    shares = [row["token_share"] for row in rows if row["token_share"] is not None]
     return {
         "instruction": 100 * result["after"]["instruction"],
         "rubric": 100 * result["after"]["rubric"],
         "goal": step_of_goal(curve),
         "entropy": fmean(column(rows[-10:], "entropy")),
         "residual": fmean(column(rows, "residual")),
-        "jitter": 100 * fmean(changes[1:] or changes),  # without the rise from the start
+        "token_share": fmean(shares or [0.0]),
         "seconds": fmean(column(rows, "seconds")),
         "curve": curve,
+        "curves": {name: thinned(rows, name) for name in CURVES},
         "config": config | {"out": folder.name},
     }
 
@@ -139,12 +165,24 @@ def interval(values):
     return fmean(values), T95[min(n, 10) - 1] * spread / math.sqrt(n)
 
 
+def halves(curve):
+    """Mean accuracy of the evaluations in the first and in the second half of the steps, in per cent."""
+    middle = curve[-1][0] / 2
+    early = [level for step, level in curve[1:] if step <= middle]
+    late = [level for step, level in curve if step > middle]
+    return 100 * fmean(early or [math.nan]), 100 * fmean(late)
+
+
 def cells(name, runs, first):
     """A line of the table. `first` are the runs of the first configuration, paired with these by seed."""
     gains = [run["instruction"] - other["instruction"] for run, other in zip(runs, first)]
     steps = [run["goal"] for run in runs if run["goal"] is not None]
+    early = [halves(run["curve"])[0] for run in runs]
+    late = [halves(run["curve"])[1] for run in runs]
     return [
         name,
+        "{:.1f} ± {:.1f}".format(*interval(early)),
+        "{:.1f} ± {:.1f}".format(*interval(late)),
         "{:.1f} ± {:.1f}".format(*interval(column(runs, "instruction"))),
         "{:+.1f} ± {:.1f}".format(*interval(gains)),
         "{:.1f} ± {:.1f}".format(*interval(column(runs, "rubric"))),
@@ -153,19 +191,48 @@ def cells(name, runs, first):
     ]
 
 
-def table(runs):
-    """The table of a study: a line a configuration, in the order in which they come."""
+def configurations(runs):
+    """{name: its runs}, in the order in which they come."""
     groups = {}
     for run in runs:
         name = run["config"]["out"].rpartition("+seed=")[0]
         groups.setdefault(name, []).append(run)
+    return groups
+
+
+def table(runs):
+    """The table of a study, a line a configuration."""
+    groups = configurations(runs)
     first = next(iter(groups.values()))
-    lines = [["configuration", "instruction %", "to the first", "rubric %", f"step of {GOAL:.0%}", *MEANS]]
+    lines = [["configuration", "early %", "late %", "instruction %", "to the first", "rubric %", f"step of {GOAL:.0%}", *MEANS]]
     for name, group in groups.items():
         lines.append(cells(name, group, first))
     width = max(len(line[0]) for line in lines)
-    layout = f"{{:<{width}}}" + "{:>15}" * 4 + "{:>10}" * len(MEANS)
+    layout = f"{{:<{width}}}" + "{:>15}" * 6 + "{:>10}" * len(MEANS)
     return "\n".join(layout.format(*line) for line in lines)
+
+
+def averaged(curves):
+    """Curves [[step, value], ...] of several seeds -> [[step, mean, half of the interval or None], ...]."""
+    points = []
+    for same_step in zip(*curves):
+        values = [value for _, value in same_step if value is not None]
+        if values:
+            mean, half = interval(values)
+            points.append([same_step[0][0], mean, None if math.isnan(half) else half])
+    return points
+
+
+def write_page(runs, path):
+    """The curves of a study in data/credit.html: each configuration's mean and interval over its seeds."""
+    curves = {}
+    for name, group in configurations(runs).items():
+        curves[name] = {"eval_instruction": averaged(column(group, "curve"))}
+        for metric in group[0].get("curves", {}):
+            curves[name][metric] = averaged([run["curves"][metric] for run in group])
+    text = json.dumps(dict(title=path.stem, setting=None, groups=[], curves=curves)).replace("<", r"\u003c")
+    template = (RTT.parent / "data" / "credit.html").read_text(encoding="utf-8")
+    path.write_text(template.replace('"DATA"', text, 1), encoding="utf-8")
 
 
 def compare(args, flags):
@@ -173,7 +240,7 @@ def compare(args, flags):
     jobs = {}
     for name in STUDIES.get(args.study, args.study).split(","):
         options = [f"--{option}" for option in name.split("+") if option != "base"]
-        for seed in range(args.seeds):
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
             folder = args.out / f"{name}+seed={seed}".replace("/", "_")
             jobs[folder] = [*flags, *options, f"--seed={seed}", f"--out={folder}"]
     try:
@@ -185,6 +252,7 @@ def compare(args, flags):
         for run in runs:
             file.write(json.dumps(run) + "\n")
     (args.out / "table.txt").write_text(table(runs) + "\n")
+    write_page(runs, args.out / "curves.html")
     print(table(runs))
 
 
@@ -193,12 +261,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("study", nargs="?", help="a list as above, or one of " + ", ".join(STUDIES))
     parser.add_argument("--seeds", type=int, default=5, help="runs of each configuration (5)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the others follow it (0)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (runs/compare)")
     parser.add_argument("--device", default="cpu", help="where they run (cpu)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of a results.jsonl")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="with --table: also draw its curves there")
     args, flags = parser.parse_known_args(argv)
     if args.table:
         print(table(read_lines(args.table)))
+        if args.page:
+            write_page(read_lines(args.table), args.page)
     elif args.study:
         compare(args, [*flags, f"--device={args.device}"])
     else:
