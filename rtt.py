@@ -97,6 +97,7 @@ class Config:
     out: str = setting("", "new folder for all that the run writes; none: runs/<time>")
     resume: str = setting("", "folder of a broken run to go on with; only --steps, --device beside it")
     eval_only: bool = setting(False, "measure the model on the held-out prompts, do not train")
+    explain: bool = setting(False, "no training: one group in numbers, section by section, and its credit.html")
     seed: int = setting(0, "of everything random; on the CPU, equal seeds give equal runs")
     device: str = setting("auto", "auto: the best there is", "auto", "cpu", "cuda", "mps")
     dtype: str = setting("auto", "of forward passes; auto: bfloat16 on cuda", "auto", "float32", "bfloat16")
@@ -1094,6 +1095,7 @@ CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves f
     "dfpo-min": (0.02, 0.02),
     "dfpo-orth": (0.02, 0.02),
 }
+TGC = ("grpo-fix", "dfpo-min", "dfpo-orth")
 
 
 def clipped_objective(ratio, advantages, low, high):
@@ -1174,7 +1176,7 @@ def policy_loss(
     elif loss == "dfpo-orth":  # TGC: weights that cancel where a response's advantage is the same everywhere
         mean_advantage = masked_mean(advantages, mask).view(-1, group_size)  # [P, G]
         weight = adv_orthogonal(first, mean_advantage).reshape(-1, 1).expand_as(ratio)
-    if loss in ("grpo-fix", "dfpo-min", "dfpo-orth"):
+    if loss in TGC:
         # group clip (ours): where one ratio is outside, the whole group is let go, so shared tokens still cancel
         group_inside = inside.view(-1, group_size * mask.shape[1]).all(1)  # [P]
         weight = weight * group_inside.repeat_interleave(group_size)[:, None]
@@ -1417,7 +1419,7 @@ def train(models, train_tasks, eval_tasks, out, config, done=0):
         if RANK == 0:
             append(out / "metrics.jsonl", dict(step=step) | row)
         if RANK == 0 and shown:
-            append(out / "credit.jsonl", dict(step=step) | credit(models.policy, config, *example))
+            append(out / "credit.jsonl", dict(step=step) | credit(models, config, *example))
             write_page(out, config)
         if measured or step == config.steps:
             save_checkpoint(out, models, step)
@@ -1511,17 +1513,22 @@ def append(path, row):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def credit(policy, config, task, rollout, verdicts, relevance, evidence, known):
+def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     """The first group of a step in numbers, for every partition and loss: a dict, as data/credit.html reads it.
 
     The ratios are those of the policy as it is now, after the step's update.
     """
+    policy = models.policy
     G = config.group_size
     K = len(task.rubrics)
     mask = rollout.mask[:G]
     ids = rollout.ids[:G]
     verdicts = verdicts[:G, :K]
     relevance = relevance[:G, :K]
+    if config.relevance == "discriminator" and config.alpha:  # some partitions did not ask about all rubrics
+        every = models.discriminator.predict(criteria_of([task], verdicts), ids, mask, verdicts)
+        agreed = (verdicts == verdicts[:1]).all(0)[None, :, None]  # [1, K, 1]
+        relevance = torch.where(agreed, every, relevance)
     joined = torch.cat([rollout.prompt_ids[:1].expand(G, -1), ids], 1)
     attention = torch.cat([rollout.prompt_mask[:1].expand(G, -1), mask], 1)
     with torch.no_grad(), precision(config.device, config.dtype):
@@ -1550,7 +1557,8 @@ def credit(policy, config, task, rollout, verdicts, relevance, evidence, known):
         advantage = combine_advantages(response_adv, token_adv, mask, config.alpha, config.combine)
         part = dict(token_advantage=rows(token_adv), advantage=rows(advantage), coef={}, residual={})
         for loss in CLIP:
-            _, stats = policy_loss(logprobs, rollout.logprobs[:G], advantage, mask, G, loss)
+            clip = (1.0, math.inf) if loss in TGC else None  # the group clip would hide how they cancel
+            _, stats = policy_loss(logprobs, rollout.logprobs[:G], advantage, mask, G, loss, clip)
             part["coef"][loss] = rows(stats["coef"])
             part["residual"][loss] = cancellation_residual(stats["coef"], ids, mask)
         group["partitions"][partition] = part
@@ -1573,6 +1581,45 @@ def write_page(out, config):
     page = (DATA / "credit.html").read_text(encoding="utf-8")
     text = json.dumps(data, ensure_ascii=False).replace("<", r"\u003c")  # no text can end the script
     (out / "credit.html").write_text(page.replace('"DATA"', text, 1), encoding="utf-8")
+
+
+def explain(models, tasks, out, config):
+    """One step in numbers, in the order of the sections, on the terminal and as the run's page."""
+    config.relevance = "evidence"  # the discriminator has learned nothing yet
+    rewards = torch.zeros(1)
+    step = 0
+    while rewards.std(correction=0) == 0 and step < 10:  # a group whose rewards differ
+        step += 1
+        row, example = train_step(models, *step_tasks(tasks, step, config), config)
+        task, rollout, verdicts, relevance, *_ = example
+        rewards = response_reward(verdicts[: config.group_size], config.reward)
+    group = credit(models, config, *example)
+    append(out / "metrics.jsonl", dict(step=step) | row)
+    append(out / "credit.jsonl", dict(step=step) | group)
+    write_page(out, config)
+    torch.set_printoptions(precision=2, sci_mode=False, linewidth=110)
+    mask = rollout.mask[: config.group_size].cpu()
+    G, T = mask.shape
+    K = len(task.rubrics)
+    part = group["partitions"][config.partition]
+    A = torch.tensor(group["response_advantage"])
+    ratio = torch.tensor([math.exp(fmean(map(math.log, row))) for row in group["ratio"]])
+    print(f"1. Prompt, and K = {K} rubrics:\n{task.prompt}\n{group['rubrics']}")
+    print(f"\n2. ids [N, T] = {list(rollout.ids.shape)}, of which G = {G} rows answer this prompt; the first, as tokens:")
+    print(group["tokens"][0])
+    print(f"\n3. verdicts s [G, K]:\n{torch.tensor(group['verdicts'])}\nrewards R [G], {config.reward}: {rewards}")
+    print(f"\n4. relevance w [G, K, T] = {[G, K, T]}; of the first response, the tokens behind each verdict:")
+    for criterion, rows in zip(group["rubrics"], group["relevance"]):
+        print(f"   {criterion}: {[token for token, w in zip(group['tokens'][0], rows[0]) if w > 0.5]}")
+    print(f"\n5. A = (R - mean) / std [G]: {A}")
+    print(f"a [G, T], {config.partition}; of the first response:\n{torch.tensor(part['token_advantage'][0])}")
+    print(f"A + {config.alpha} a:\n{torch.tensor(part['advantage'][0])}")
+    print(f"\n6. After one update a response's ratio is the geometric mean of its tokens' [G]: {ratio}")
+    for name, w in (("ratio", ratio), ("min_replace", min_replace(ratio)), ("orthogonal", adv_orthogonal(ratio, A))):
+        print(f"   the sum of A * {name:<11} over the group, 0 if shared tokens cancel: {float((A * w).sum()):+.5f}")
+    print("\n7. The cancellation residual of a next update on this group, 0 to 1, by loss (TGC's in their own form):")
+    print("   " + ", ".join(f"{loss} {residual:.2f}" for loss, residual in part["residual"].items()))
+    torch.set_printoptions(profile="default")
 
 
 def trained(models):
@@ -1814,6 +1861,9 @@ def run(config, train_tasks, eval_tasks, out):
     start = time.perf_counter()
     torch.manual_seed(config.seed)
     models = load_models(train_tasks + eval_tasks, config)
+    if config.explain:
+        explain(models, train_tasks, out, config)
+        return print(f"\nthe same with all its numbers: {out / 'credit.html'}")
     before, records = evaluate(models.policy, eval_tasks, config, models.judge)
     print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
     done = load_checkpoint(out, models)

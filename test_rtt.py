@@ -1643,15 +1643,20 @@ def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, data, tmp_
     assert [group["step"] for group in page["groups"]] == [1, 2, 3]
     assert [point[0] for point in page["curves"]["this run"]["reward"]] == [1, 2, 3]
     for group, (_, (_, example)) in zip(page["groups"], steps):
-        task, rollout, verdicts, relevance, _, _ = example
+        task, rollout, verdicts, used, _, _ = example
         G = len(group["ids"])
         K = len(task.rubrics)
         mask = rollout.mask[:G]
         A = rtt.response_advantage(rtt.response_reward(verdicts[:G]))
+        relevance = torch.zeros(G, K, mask.shape[1])
+        for k, rows in enumerate(group["relevance"]):
+            relevance[:, k][mask > 0] = torch.tensor(sum(rows, []))
+            if len(set(verdicts[:G, k].tolist())) > 1:  # the step itself needed it
+                assert_close(relevance[:, k], used[:G, k], 1e-3)
         assert_close(group["response_advantage"], A)
         for partition in PARTITIONS:
             part = group["partitions"][partition]
-            token_adv = rtt.token_advantage(verdicts[:G, :K], relevance[:G, :K], mask, partition)
+            token_adv = rtt.token_advantage(verdicts[:G, :K], relevance, mask, partition)
             advantage = rtt.combine_advantages(A, token_adv, mask)
             for i in range(G):
                 n = int(mask[i].sum())
@@ -1665,6 +1670,17 @@ def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, data, tmp_
             coef[mask > 0] = torch.tensor(sum(part["coef"]["gspo"], []))
             residual = rtt.cancellation_residual(coef, rollout.ids[:G], mask)
             assert part["residual"]["gspo"] == pytest.approx(residual, abs=1e-2)
+
+
+def test_explain_shows_the_tensors_of_each_section_and_keeps_the_page(data, tmp_path, capsys):
+    rtt.main(["--explain", "--data", str(data), "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    for number in "1234567":
+        assert re.search(rf"^{number}\. ", said, re.MULTILINE)
+    sums = [float(value) for value in re.findall("cancel: ([-+.0-9]+)", said)]
+    assert abs(sums[1]) < 1e-4 and abs(sums[2]) < 1e-4  # min_replace and adv_orthogonal
+    assert page_data((tmp_path / "credit.html").read_text(encoding="utf-8"))["groups"][0]["tokens"]
+    assert not (tmp_path / "policy").exists()
 
 
 def test_no_text_can_break_the_page(finished, tmp_path):
