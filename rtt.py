@@ -538,14 +538,12 @@ def sample(
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     model.eval()
-    device = model.device
-    uniform = []
-    for seed in seeds or torch.randint(2**62, (len(prompts),)).tolist():
-        generator = torch.Generator().manual_seed(seed)
-        uniform.append(torch.rand(group_size, max_new_tokens, generator=generator))
-    uniform = torch.cat(uniform).to(device)  # [N, max_new_tokens]
-    ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
-    prompt_ids, prompt_mask = left_padded(prompts, pad_id, device)  # [P, L]
+    seeds = seeds or torch.randint(2**62, (len(prompts),)).tolist()
+    shape = (group_size, max_new_tokens)
+    uniform = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniform = torch.cat(uniform).to(model.device)  # [N, max_new_tokens]
+    ends = torch.tensor(list(end_ids), dtype=torch.long, device=model.device)
+    prompt_ids, prompt_mask = left_padded(prompts, pad_id, model.device)  # [P, L]
     L = prompt_ids.shape[1]
     slots = 64 * math.ceil((L + max_new_tokens) / 64) if graph else 0
     cache = prompt_cache(model, prompt_ids, prompt_mask, group_size, slots)
@@ -558,7 +556,7 @@ def sample(
     ids = torch.full_like(uniform, pad_id, dtype=torch.long)  # [N, T] with T = max_new_tokens, at first
     logprobs = torch.zeros_like(uniform)
     entropy = torch.zeros_like(uniform)
-    alive = torch.arange(len(ids), device=device)  # rows in the batch
+    alive = torch.arange(len(ids), device=model.device)  # rows in the batch
     token = prompt_ids.repeat_interleave(group_size, 0)[:, -1:]  # [alive, 1]
     for t in range(max_new_tokens):
         place = row_mask[alive].sum(1, keepdim=True) - 1 + t  # [alive, 1]
@@ -573,7 +571,7 @@ def sample(
         going = ~torch.isin(ids[alive, : t + 1], ends).any(1)  # [alive]
         if not going.any():
             break
-        if not graph and not going.all():
+        if not (graph or going.all()):
             cache.batch_select_indices(going.nonzero()[:, 0])
             alive = alive[going]
             token = token[going]
