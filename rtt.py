@@ -79,6 +79,7 @@ DATA = Path(__file__).resolve().parent / "data"
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun: which of WORLD processes this is
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 PARTITIONS = ("intra", "inter", "rubric", "verdict", "contested", "cross")  # see token_advantage
+CONTESTED = ("verdict", "contested", "cross")  # those to which a rubric on which a group agrees gives nothing
 
 
 def setting(default, text, *choices):
@@ -97,7 +98,7 @@ class Config:
     out: str = setting("", "new folder for all that the run writes; none: runs/<time>")
     resume: str = setting("", "folder of a broken run to go on with; only --steps, --device beside it")
     eval_only: bool = setting(False, "measure the model on the held-out prompts, do not train")
-    explain: bool = setting(False, "no training: one group in numbers, section by section, and its credit.html")
+    explain: bool = setting(False, "only show one group in numbers, section by section, and its credit.html")
     seed: int = setting(0, "of everything random; on the CPU, equal seeds give equal runs")
     device: str = setting("auto", "auto: the best there is", "auto", "cpu", "cuda", "mps")
     dtype: str = setting("auto", "of forward passes; auto: bfloat16 on cuda", "auto", "float32", "bfloat16")
@@ -357,7 +358,7 @@ def load_tasks(path_or_hub_id, split="train"):
         import datasets  # slow to import, and local files do not need it
 
         try:
-            lines = [json.dumps(row) for row in datasets.load_dataset(str(path), split=split)]
+            lines = [json.dumps(row) for row in datasets.load_dataset(str(path_or_hub_id), split=split)]
         except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
             reason = str(error).partition("\n")[0]
             raise BadInput(f"{path}: neither a local file nor to be had from the hub ({reason})") from None
@@ -1313,7 +1314,7 @@ def token_relevance(discriminator, tasks, rollout, verdicts, evidence, known, co
         return evidence, {}
     criteria = criteria_of(tasks, verdicts)
     wanted = verdicts
-    if config.partition in ("verdict", "contested", "cross"):  # rubrics on which a group agrees need none
+    if config.partition in CONTESTED:
         grouped = verdicts.view(len(tasks), config.group_size, -1)  # [P, G, K]
         differs = (grouped != grouped[:, :1]).any(1, keepdim=True)  # [P, 1, K]
         wanted = (grouped * differs).view_as(verdicts)
@@ -1502,7 +1503,7 @@ def table(before, after):
     return "\n".join(lines)
 
 
-CURVES = {"eval_instruction", "eval_rubric", "reward", "entropy", "residual", "token_share"}
+CURVES = ("eval_instruction", "eval_rubric", "reward", "entropy", "residual", "token_share")
 
 
 def append(path, row):
@@ -1511,10 +1512,17 @@ def append(path, row):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def read_rows(path):
+    """The rows of a file of JSON lines; one that was cut off at the end is left out."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
 def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     """The first group of a step in numbers, for every partition and loss: a dict, as data/credit.html reads it.
 
-    The ratios are those of the policy as it is now, after the step's update.
+    The ratios are those of the policy as it is now, after the step's update, to the sampler. TGC's losses stand
+    there in their own form, but for the run's own loss: the group clip would hide how they cancel.
     """
     policy = models.policy
     G = config.group_size
@@ -1523,7 +1531,7 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     ids = rollout.ids[:G]
     verdicts = verdicts[:G, :K]
     relevance = relevance[:G, :K]
-    if config.relevance == "discriminator" and config.alpha:  # some partitions did not ask about all rubrics
+    if config.relevance == "discriminator" and config.alpha and config.partition in CONTESTED:  # others want all
         every = models.discriminator.predict(criteria_of([task], verdicts), ids, mask, verdicts)
         agreed = (verdicts == verdicts[:1]).all(0)[None, :, None]  # [1, K, 1]
         relevance = torch.where(agreed, every, relevance)
@@ -1531,7 +1539,7 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     attention = torch.cat([rollout.prompt_mask[:1].expand(G, -1), mask], 1)
     with torch.no_grad(), precision(config.device, config.dtype):
         logprobs = token_logprobs(policy.model, joined, attention, ids.shape[1], config.temperature, G)
-    ratio = (logprobs - rollout.logprobs[:G]).exp()
+    ratio = (logprobs - rollout.logprobs[:G]).clamp(-20, 20).exp()
     rewards = response_reward(verdicts, config.reward)  # [G]
     response_adv = response_advantage(rewards)  # [G]
     lengths = mask.sum(1).tolist()
@@ -1555,7 +1563,8 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
         advantage = combine_advantages(response_adv, token_adv, mask, config.alpha, config.combine)
         part = dict(token_advantage=rows(token_adv), advantage=rows(advantage), coef={}, residual={})
         for loss in CLIP:
-            clip = (1.0, math.inf) if loss in TGC else None  # the group clip would hide how they cancel
+            clip = (1.0, math.inf) if loss in TGC else None
+            clip = config.clip if loss == config.loss else clip
             _, stats = policy_loss(logprobs, rollout.logprobs[:G], advantage, mask, G, loss, clip)
             part["coef"][loss] = rows(stats["coef"])
             part["residual"][loss] = cancellation_residual(stats["coef"], ids, mask)
@@ -1565,25 +1574,20 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
 
 def write_page(out, config):
     """credit.html in the run's folder: data/credit.html with the numbers of credit.jsonl and metrics.jsonl."""
-    groups = {}
-    for line in (out / "credit.jsonl").read_text(encoding="utf-8").splitlines():
-        group = json.loads(line)
-        groups[group["step"]] = group  # a step that was done again gives the same
     curves = defaultdict(list)
-    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for name in CURVES & row.keys():
-            curves[name].append([row["step"], row[name], None])
+    for row in read_rows(out / "metrics.jsonl"):
+        for name in CURVES:
+            if name in row:
+                curves[name].append([row["step"], row[name], None])
     setting = {name: getattr(config, name) for name in ("partition", "loss", "alpha", "reward", "relevance")}
-    data = dict(title=out.name, setting=setting, groups=list(groups.values()), curves={"this run": curves})
+    data = dict(title=out.name, setting=setting, groups=read_rows(out / "credit.jsonl"), curves={"this run": curves})
     page = (DATA / "credit.html").read_text(encoding="utf-8")
     text = json.dumps(data, ensure_ascii=False).replace("<", r"\u003c")  # no text can end the script
     (out / "credit.html").write_text(page.replace('"DATA"', text, 1), encoding="utf-8")
 
 
 def explain(models, tasks, out, config):
-    """One step in numbers, in the order of the sections, on the terminal and as the run's page."""
-    config.relevance = "evidence"  # the discriminator has learned nothing yet
+    """A step in numbers, in the order of the sections, on the terminal and as a page: the first that teaches."""
     rewards = torch.zeros(1)
     step = 0
     while rewards.std(correction=0) == 0 and step < 10:  # a group whose rewards differ
@@ -1611,7 +1615,7 @@ def explain(models, tasks, out, config):
         print(f"   {criterion}: {[token for token, w in zip(group['tokens'][0], rows[0]) if w > 0.5]}")
     print(f"\n5. A = (R - mean) / std [G]: {A}")
     print(f"a [G, T], {config.partition}; of the first response:\n{torch.tensor(part['token_advantage'][0])}")
-    print(f"A + {config.alpha} a:\n{torch.tensor(part['advantage'][0])}")
+    print(f"advantages, both combined by {config.combine!r}, alpha = {config.alpha}:\n{torch.tensor(part['advantage'][0])}")
     print(f"\n6. After one update a response's ratio is the geometric mean of its tokens' [G]: {ratio}")
     for name, w in (("ratio", ratio), ("min_replace", min_replace(ratio)), ("orthogonal", adv_orthogonal(ratio, A))):
         print(f"   the sum of A * {name:<11} over the group, 0 if shared tokens cancel: {float((A * w).sum()):+.5f}")
@@ -1640,7 +1644,7 @@ def save_checkpoint(out, models, done):
 def load_checkpoint(out, models):
     """Put all back as it was at the checkpoint, if there is one. Returns how many steps were done.
 
-    Lines of metrics.jsonl that came after it go: their steps are done again.
+    Rows of metrics and credit that came after it go: their steps are done again.
     """
     done = 0
     if (out / "checkpoint.pt").is_file():
@@ -1648,11 +1652,16 @@ def load_checkpoint(out, models):
         done = state["done"]
         for name, part in trained(models).items():
             part.load_state_dict(state[name])
-    if (out / "metrics.jsonl").is_file():
+    if RANK == 0 and (out / "metrics.jsonl").is_file():
         with open(out / "metrics.jsonl", "rb+") as file:
             for _ in range(done):  # a line is a step
                 file.readline()
             file.truncate()
+    if RANK == 0 and (out / "credit.jsonl").is_file():
+        rows = [row for row in read_rows(out / "credit.jsonl") if row["step"] <= done]
+        (out / "credit.jsonl").unlink()
+        for row in rows:
+            append(out / "credit.jsonl", row)
     return done
 
 
@@ -1685,10 +1694,14 @@ def checked(config):
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be {least}")
     if config.group_size < 2:
         raise BadInput("--group-size 1: must be at least 2, or there is nothing to compare with")
-    if config.clip and (len(config.clip) != 2 or not min(config.clip) > 0):
+    if config.clip and (len(config.clip) != 2 or not all(x > 0 for x in config.clip)):
         raise BadInput("--clip: needs two numbers above 0, how far a ratio may go below and above 1")
     if config.combine == "mix" and config.alpha > 1:
         raise BadInput("--combine mix: --alpha must be at most 1, or rewards would count backwards")
+    if config.explain:
+        config.relevance = "evidence"  # the discriminator has learned nothing yet
+        if config.eval_only or WORLD > 1:
+            raise BadInput("--explain: takes one process, and no --eval-only")
     if config.prompts % WORLD:
         raise BadInput(f"--prompts {config.prompts}: {WORLD} processes cannot share them equally")
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
@@ -1721,7 +1734,10 @@ def parse(argv=None):
         return checked(config)
     if given - {"resume", "steps", "device"}:
         raise BadInput(f"--resume {config.resume}: only --steps and --device may be given beside it")
-    kept = json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8"))
+    try:
+        kept = dict(json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        kept = {}
     if kept.keys() != asdict(config).keys():
         raise BadInput(f"--resume {config.resume}: its config.json is not that of a run of this version")
     changed = {name: getattr(config, name) for name in given}

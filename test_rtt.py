@@ -1712,6 +1712,7 @@ def test_the_embedded_settings_hold_only_without_another_model():
         ("--steps x", "invalid int value"),
         ("--group-size 1", "at least 2"),
         ("--clip 0.1", "two numbers"),
+        ("--explain --eval-only", "no --eval-only"),
         ("--data nowhere.jsonl", "nowhere.jsonl"),
         ("--model no/such/model", "no/such/model"),
     ],
@@ -1723,7 +1724,10 @@ def test_bad_flags_are_one_line(flags, reason, capsys, tmp_path):
 def test_bad_resumes_are_one_line(finished, folder, data, capsys):
     assert "not empty" in refused(capsys, *small_run(folder, data, finished))
     assert "only --steps" in refused(capsys, "--resume", finished, "--lr", "1")
+    with open(finished / "credit.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "prompt": "cut off')
     assert "4 are done" in refused(capsys, "--resume", finished, "--steps", "3")
+    assert [row["step"] for row in read(finished / "credit.jsonl")] == [1, 2, 4]  # what was cut off is gone
     with filelock.FileLock(finished / ".lock0"):  # another process is at work
         assert "lock" in refused(capsys, "--resume", finished)
 

@@ -127,7 +127,7 @@ def thinned(rows, name):
     points = []
     for start in range(0, len(rows), 10):
         values = [value for value in column(rows[start : start + 10], name) if value is not None]
-        points.append([start + 10, round(fmean(values), 4) if values else None])
+        points.append([min(start + 10, len(rows)), round(fmean(values), 4) if values else None])
     return points
 
 
