@@ -1593,7 +1593,7 @@ def explain(models, tasks, out, config):
     while rewards.std(correction=0) == 0 and step < 10:  # a group whose rewards differ
         step += 1
         row, example = train_step(models, *step_tasks(tasks, step, config), config)
-        task, rollout, verdicts, relevance, *_ = example
+        task, rollout, verdicts, *_ = example
         rewards = response_reward(verdicts[: config.group_size], config.reward)
     group = credit(models, config, *example)
     append(out / "metrics.jsonl", dict(step=step) | row)
