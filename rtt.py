@@ -41,8 +41,8 @@ probability weighs tokens that an older policy sampled; the clip lets a token go
     python rtt.py                         the embedded model and stories: minutes on a laptop, no download
     python rtt.py --model Qwen2.5-0.5B    a model of the hub, on data/instructions: a GPU of 24 GB
 
-Simpler than the papers, or different: rules verify the rubrics that rules can (IFEval's), a model asked for yes
-or no the others. The discriminator is not trained beforehand on labelled data, but online, from the evidence
+Simpler than the papers, or different: rules verify the rubrics that rules can (IFEval's), a model that is asked
+for yes or no the others. The discriminator is not trained beforehand on labelled data, but online, from the evidence
 that the rules give. `token_advantage` and `policy_loss` name what is ours. Adam, a constant learning rate.
 """
 
@@ -1521,8 +1521,9 @@ def read_rows(path):
 def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     """The first group of a step in numbers, for every partition and loss: a dict, as data/credit.html reads it.
 
-    The ratios are those of the policy as it is now, after the step's update, to the sampler. TGC's losses stand
-    there in their own form, but for the run's own loss: the group clip would hide how they cancel.
+    The ratios are those of the policy as it is now, after the step's update, to the sampler. The run's own loss
+    has the run's clip, the others their default, but TGC's their own form: the group clip would hide how they
+    cancel.
     """
     policy = models.policy
     G = config.group_size
@@ -1531,7 +1532,8 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     ids = rollout.ids[:G]
     verdicts = verdicts[:G, :K]
     relevance = relevance[:G, :K]
-    if config.relevance == "discriminator" and config.alpha and config.partition in CONTESTED:  # others want all
+    learned = config.relevance == "discriminator" and config.alpha
+    if learned and config.partition in CONTESTED:  # the step left out rubrics that other partitions need
         every = models.discriminator.predict(criteria_of([task], verdicts), ids, mask, verdicts)
         agreed = (verdicts == verdicts[:1]).all(0)[None, :, None]  # [1, K, 1]
         relevance = torch.where(agreed, every, relevance)
@@ -1563,8 +1565,9 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
         advantage = combine_advantages(response_adv, token_adv, mask, config.alpha, config.combine)
         part = dict(token_advantage=rows(token_adv), advantage=rows(advantage), coef={}, residual={})
         for loss in CLIP:
-            clip = (1.0, math.inf) if loss in TGC else None
-            clip = config.clip if loss == config.loss else clip
+            clip = config.clip
+            if loss != config.loss:
+                clip = (1.0, math.inf) if loss in TGC else None
             _, stats = policy_loss(logprobs, rollout.logprobs[:G], advantage, mask, G, loss, clip)
             part["coef"][loss] = rows(stats["coef"])
             part["residual"][loss] = cancellation_residual(stats["coef"], ids, mask)
@@ -1600,26 +1603,25 @@ def explain(models, tasks, out, config):
     append(out / "credit.jsonl", dict(step=step) | group)
     write_page(out, config)
     torch.set_printoptions(precision=2, sci_mode=False, linewidth=110)
-    mask = rollout.mask[: config.group_size].cpu()
-    G, T = mask.shape
-    K = len(task.rubrics)
+    shape = [config.group_size, len(task.rubrics), rollout.ids.shape[1]]  # G, K, T
     part = group["partitions"][config.partition]
     A = torch.tensor(group["response_advantage"])
     ratio = torch.tensor([math.exp(fmean(map(math.log, row))) for row in group["ratio"]])
-    print(f"1. Prompt, and K = {K} rubrics:\n{task.prompt}\n{group['rubrics']}")
-    print(f"\n2. ids [N, T] = {list(rollout.ids.shape)}, of which G = {G} rows answer this prompt; the first, as tokens:")
+    print(f"1. Prompt, and its K rubrics:\n{task.prompt}\n{group['rubrics']}")
+    print(f"\n2. ids [N, T] = {list(rollout.ids.shape)}, of which G rows answer this prompt; the first, as tokens:")
     print(group["tokens"][0])
     print(f"\n3. verdicts s [G, K]:\n{torch.tensor(group['verdicts'])}\nrewards R [G], {config.reward}: {rewards}")
-    print(f"\n4. relevance w [G, K, T] = {[G, K, T]}; of the first response, the tokens behind each verdict:")
+    print(f"\n4. relevance w [G, K, T] = {shape}; of the first response, the tokens behind each verdict:")
     for criterion, rows in zip(group["rubrics"], group["relevance"]):
         print(f"   {criterion}: {[token for token, w in zip(group['tokens'][0], rows[0]) if w > 0.5]}")
     print(f"\n5. A = (R - mean) / std [G]: {A}")
     print(f"a [G, T], {config.partition}; of the first response:\n{torch.tensor(part['token_advantage'][0])}")
-    print(f"advantages, both combined by {config.combine!r}, alpha = {config.alpha}:\n{torch.tensor(part['advantage'][0])}")
+    print(f"both combined ({config.combine}, alpha = {config.alpha}):\n{torch.tensor(part['advantage'][0])}")
     print(f"\n6. After one update a response's ratio is the geometric mean of its tokens' [G]: {ratio}")
-    for name, w in (("ratio", ratio), ("min_replace", min_replace(ratio)), ("orthogonal", adv_orthogonal(ratio, A))):
-        print(f"   the sum of A * {name:<11} over the group, 0 if shared tokens cancel: {float((A * w).sum()):+.5f}")
-    print("\n7. The cancellation residual of a next update on this group, 0 to 1, by loss (TGC's in their own form):")
+    weights = dict(ratio=ratio, min_replace=min_replace(ratio), adv_orthogonal=adv_orthogonal(ratio, A))
+    for name, w in weights.items():
+        print(f"   sum of A * {name:<14} over the group, 0 if shared tokens cancel: {float((A * w).sum()):+.5f}")
+    print("\n7. The cancellation residual of a next update on this group, 0 to 1, by loss:")
     print("   " + ", ".join(f"{loss} {residual:.2f}" for loss, residual in part["residual"].items()))
     torch.set_printoptions(profile="default")
 
