@@ -73,7 +73,7 @@ import transformers
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 DATA = Path(__file__).resolve().parent / "data"
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun: which of WORLD processes this is
@@ -102,7 +102,6 @@ class Config:
     seed: int = setting(0, "of everything random; on the CPU, equal seeds give equal runs")
     device: str = setting("auto", "auto: the best there is", "auto", "cpu", "cuda", "mps")
     dtype: str = setting("auto", "of forward passes; auto: bfloat16 on cuda", "auto", "float32", "bfloat16")
-    graph: bool = setting(True, "on cuda, record a decoding step as a graph where the layers allow it")
 
     steps: int = setting(100, "RL steps")
     prompts: int = setting(8, "prompts a step")
@@ -391,7 +390,7 @@ def load_tasks(path_or_hub_id, split="train"):
 # distribution that is sampled another than the one that is scored, and every ratio wrong from the start.
 # `token_logprobs` scores the same tokens again, with gradients.  A prompt is computed once for its
 # group: all of it but the last token goes into a cache, which is then repeated for the group's rows.  (Not so
-# where a CUDA graph needs a cache of fixed size, or gradient checkpointing allows none.)
+# in training with gradient checkpointing, which allows no cache.)
 # ==================================================================================================
 
 
@@ -468,49 +467,15 @@ def positions(attention_mask):
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def prompt_cache(model, prompt_ids, prompt_mask, group_size, slots=0):
-    """A cache of prompts [P, L], all but their last token, for N = P * group_size rows, with gradients.
-
-    slots: its fixed size, for a CUDA graph; such a cache cannot be repeated, so each row computes its own.
-    """
+def prompt_cache(model, prompt_ids, prompt_mask, group_size):
+    """A cache of prompts [P, L], all but their last token, for N = P * group_size rows, with gradients."""
     cache = DynamicCache()
-    if slots:
-        cache = StaticCache(config=model.config, max_cache_len=slots)
-        prompt_ids = prompt_ids.repeat_interleave(group_size, 0)
-        prompt_mask = prompt_mask.repeat_interleave(group_size, 0)
     if prompt_ids.shape[1] > 1:
         mask = prompt_mask[:, :-1]
         options = dict(attention_mask=mask, position_ids=positions(mask), use_cache=True, logits_to_keep=1)
         model(prompt_ids[:, :-1], cache=cache, **options)
-    if not slots:
-        cache.batch_repeat_interleave(group_size)
+    cache.batch_repeat_interleave(group_size)
     return cache
-
-
-def can_be_recorded(config):
-    """Can a decoding step be a CUDA graph? With full attention and rotary positions that do not rescale."""
-    rotary = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    steady = rotary.get("rope_type", "dynamic") != "dynamic"
-    return steady and not any(DynamicCache(config=config).is_sliding)
-
-
-def recorded(step, *inputs):
-    """step(*inputs) as a CUDA graph: one launch instead of thousands, always in the memory of these inputs."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = step(*inputs)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise BadInput(f"the model cannot be recorded as a CUDA graph ({reason}); add --no-graph") from None
-
-    def replay(*values):
-        for memory, value in zip(inputs, values):
-            memory.copy_(value)
-        graph.replay()
-        return output
-
-    return replay
 
 
 def draw(logp, uniform):
@@ -525,14 +490,11 @@ def draw(logp, uniform):
 
 
 @torch.no_grad()
-def sample(
-    model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None, graph=False
-):
+def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=(), pad_id=0, seeds=None):
     """Sample `group_size` responses to each prompt -> a Rollout, with T = length of the longest.
 
     prompts: P lists of token ids. end_ids: tokens that end a response. seeds: one integer a prompt, whose
-    samples depend on it and on nothing else in the batch. Rows that have ended leave the batch. With `graph`
-    (CUDA, full attention) they stay: every step then has the same shapes, and is recorded once.
+    samples depend on it and on nothing else in the batch. Rows that have ended leave the batch.
     Leaves the model in evaluation mode. Raises ValueError for a temperature not above 0, and
     FloatingPointError where the model's probabilities are not numbers.
     """
@@ -545,47 +507,41 @@ def sample(
     uniform = torch.cat(uniform).to(model.device)  # [N, max_new_tokens]
     ends = torch.tensor(list(end_ids), dtype=torch.long, device=model.device)
     prompt_ids, prompt_mask = left_padded(prompts, pad_id, model.device)  # [P, L]
-    L = prompt_ids.shape[1]
-    slots = 64 * math.ceil((L + max_new_tokens) / 64) if graph else 0
-    cache = prompt_cache(model, prompt_ids, prompt_mask, group_size, slots)
-
-    def step(token, place, attention):
-        options = dict(attention_mask=attention, position_ids=place, use_cache=True)
-        return model(token, cache=cache, **options).logits[:, -1]
-
-    row_mask = prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
-    ids = torch.full_like(uniform, pad_id, dtype=torch.long)  # [N, T] with T = max_new_tokens, at first
+    cache = prompt_cache(model, prompt_ids, prompt_mask, group_size)
+    attention = prompt_mask.repeat_interleave(group_size, 0)  # [N, L], and a column more at every step
+    place = attention.sum(1, keepdim=True) - 1  # [N, 1] of the token that the model reads next
+    token = prompt_ids.repeat_interleave(group_size, 0)[:, -1:]  # [N, 1]
+    alive = torch.arange(len(token), device=model.device)  # the rows that have not ended
+    ids = torch.full_like(uniform, pad_id, dtype=torch.long)  # [N, max_new_tokens], cut to [N, T] at the end
+    mask = torch.zeros_like(ids)
     logprobs = torch.zeros_like(uniform)
     entropy = torch.zeros_like(uniform)
-    alive = torch.arange(len(ids), device=model.device)  # rows in the batch
-    token = prompt_ids.repeat_interleave(group_size, 0)[:, -1:]  # [alive, 1]
     for t in range(max_new_tokens):
-        place = row_mask[alive].sum(1, keepdim=True) - 1 + t  # [alive, 1]
-        attention = F.pad(row_mask[alive], (0, (slots or L + t) - L), value=1)  # causality hides empty slots
-        if graph and t == 1:  # the step before has warmed everything up
-            step = recorded(step, token, place, attention)
-        logp = (step(token, place, attention).float() / temperature).log_softmax(-1)  # [alive, V]
-        token = draw(logp, uniform[alive, t])[:, None]
+        options = dict(attention_mask=attention, position_ids=place, use_cache=True)
+        logits = model(token, cache=cache, **options).logits[:, -1]  # [alive, V]
+        logp = (logits.float() / temperature).log_softmax(-1)
+        token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
         ids[alive, t] = token[:, 0]
+        mask[alive, t] = 1
         logprobs[alive, t] = logp.gather(1, token)[:, 0]
         entropy[alive, t] = torch.special.entr(logp.exp()).sum(-1)
-        going = ~torch.isin(ids[alive, : t + 1], ends).any(1)  # [alive]
-        if not going.any():
+        going = ~torch.isin(token[:, 0], ends)  # [alive]
+        alive = alive[going]
+        if len(alive) == 0:
             break
-        if not (graph or going.all()):
+        if len(alive) < len(going):
             cache.batch_select_indices(going.nonzero()[:, 0])
-            alive = alive[going]
-            token = token[going]
+        token = token[going]
+        place = place[going] + 1
+        attention = F.pad(attention[going], (0, 1), value=1)
 
     if not (logprobs + entropy).isfinite().all():
         raise FloatingPointError("the model's probabilities are not numbers: NaN or infinite weights")
-    ended = torch.isin(ids, ends).cumsum(1)  # [N, T] at least 1 from the end token on
-    mask = (F.pad(ended[:, :-1], (1, 0)) == 0).long()  # [N, T] the end token included
-    mask = mask[:, : int(mask.sum(1).max())]  # T: the longest
-    T = mask.shape[1]
-    ids = ids[:, :T].masked_fill(mask == 0, pad_id)  # of a graph, rows went on after their end
-    kept = (ids, mask, logprobs[:, :T] * mask, entropy[:, :T] * mask)
-    return Rollout(prompt_ids, prompt_mask, *kept, truncated=ended[:, -1] == 0)
+    truncated = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
+    truncated[alive] = True
+    T = t + 1
+    kept = (ids[:, :T], mask[:, :T], logprobs[:, :T], entropy[:, :T], truncated)
+    return Rollout(prompt_ids, prompt_mask, *kept)
 
 
 def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
@@ -1281,9 +1237,8 @@ def roll_out(policy, tasks, group_size, seeds, config):
     """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
     limits = (group_size, config.max_new_tokens, config.temperature)
-    graph = config.graph and config.device == "cuda" and can_be_recorded(policy.model.config)
     with precision(config.device, config.dtype):
-        return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds, graph)
+        return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds)
 
 
 def criteria_of(tasks, verdicts):

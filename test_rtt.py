@@ -612,16 +612,6 @@ def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(spelled,
     assert not set(ids[1:]) & set(coder.all_special_ids)  # only the first is special
 
 
-@pytest.mark.parametrize("make_model", MODELS)
-def test_a_cache_of_fixed_size_gives_the_same_rollout_as_a_growing_one(make_model, monkeypatch):
-    model = make_model()
-    grown = roll(model, T=40)
-    monkeypatch.setattr(rtt, "recorded", lambda step, *inputs: step)  # a graph needs CUDA
-    fixed = rtt.sample(model, PROMPTS, 4, 40, 1.0, (END, OTHER_END), 0, [0, 1, 2], graph=True)
-    for name in ("ids", "mask", "truncated", "logprobs", "entropy"):
-        assert_close(getattr(fixed, name), getattr(grown, name), 1e-4)
-
-
 # ==================================================================================================
 # 3. Reward: characters to tokens, the judge, verdicts
 # ==================================================================================================
