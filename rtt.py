@@ -98,7 +98,6 @@ class Config:
     out: str = setting("", "new folder for all that the run writes; none: runs/<time>")
     resume: str = setting("", "folder of a broken run to go on with; only --steps, --device beside it")
     eval_only: bool = setting(False, "measure the model on the held-out prompts, do not train")
-    explain: bool = setting(False, "only show one group in numbers, section by section, and its credit.html")
     seed: int = setting(0, "of everything random; on the CPU, equal seeds give equal runs")
     device: str = setting("auto", "auto: the best there is", "auto", "cpu", "cuda", "mps")
     dtype: str = setting("auto", "of forward passes; auto: bfloat16 on cuda", "auto", "float32", "bfloat16")
@@ -1473,6 +1472,11 @@ def read_rows(path):
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
+def rounded(tensor):
+    """A tensor as lists of numbers that are short to write."""
+    return tensor.double().round(decimals=6).tolist()
+
+
 def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     """The first group of a step in numbers, for every partition and loss: a dict, as data/credit.html reads it.
 
@@ -1483,51 +1487,51 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     policy = models.policy
     G = config.group_size
     K = len(task.rubrics)
+    ids = rollout.ids[:G]  # [G, T]
     mask = rollout.mask[:G]
-    ids = rollout.ids[:G]
+    old_logprobs = rollout.logprobs[:G]
     verdicts = verdicts[:G, :K]
     relevance = relevance[:G, :K]
-    learned = config.relevance == "discriminator" and config.alpha
-    if learned and config.partition in CONTESTED:  # the step left out rubrics that other partitions need
+    if models.discriminator and config.partition in CONTESTED:  # the step left out what other partitions need
         every = models.discriminator.predict(criteria_of([task], verdicts), ids, mask, verdicts)
-        agreed = (verdicts == verdicts[:1]).all(0)[None, :, None]  # [1, K, 1]
+        agreed = (verdicts == verdicts[:1]).all(0)[:, None]  # [K, 1]
         relevance = torch.where(agreed, every, relevance)
     joined = torch.cat([rollout.prompt_ids[:1].expand(G, -1), ids], 1)
     attention = torch.cat([rollout.prompt_mask[:1].expand(G, -1), mask], 1)
     with torch.no_grad(), precision(config.device, config.dtype):
         logprobs = token_logprobs(policy.model, joined, attention, ids.shape[1], config.temperature, G)
-    ratio = (logprobs - rollout.logprobs[:G]).clamp(-20, 20).exp()
     rewards = response_reward(verdicts, config.reward)  # [G]
     response_adv = response_advantage(rewards)  # [G]
-    lengths = mask.sum(1).tolist()
-
-    def rows(x):  # [G, T] -> a list for each response, without padding
-        return [[float(f"{value:.4g}") for value in row[:n]] for row, n in zip(x.tolist(), lengths)]
-
-    written = [row[:n] for row, n in zip(ids.tolist(), lengths)]
-    tokens = []
-    for text, spans_of_row in zip(*token_spans(policy.tokenizer, written)):
-        ends = [0] + [end for _, end in spans_of_row]  # a character of several tokens stands at the first
-        pieces = [text[max(span[0], shown) : span[1]] for span, shown in zip(spans_of_row, ends)]
-        tokens.append([piece if span[0] < len(text) else "⏎" for piece, span in zip(pieces, spans_of_row)])
-    group = dict(prompt=task.prompt, rubrics=[rubric.criterion for rubric in task.rubrics], tokens=tokens)
-    group |= dict(ids=written, logprob=rows(rollout.logprobs[:G]), ratio=rows(ratio), verdicts=verdicts.tolist())
-    group |= dict(reward=rewards.tolist(), response_advantage=response_adv.tolist(), partitions={})
-    group |= dict(relevance=[rows(relevance[:, k]) for k in range(K)], known=known[:G, :K].tolist())
-    group |= dict(evidence=[rows(evidence[:G, k]) for k in range(K)])
+    partitions = {}
     for partition in PARTITIONS:
         token_adv = token_advantage(verdicts, relevance, mask, partition, pool=config.pool)
         advantage = combine_advantages(response_adv, token_adv, mask, config.alpha, config.combine)
-        part = dict(token_advantage=rows(token_adv), advantage=rows(advantage), coef={}, residual={})
+        part = dict(token_advantage=rounded(token_adv), advantage=rounded(advantage), coef={}, residual={})
         for loss in CLIP:
-            clip = config.clip
-            if loss != config.loss:
-                clip = (1.0, math.inf) if loss in TGC else None
-            _, stats = policy_loss(logprobs, rollout.logprobs[:G], advantage, mask, G, loss, clip)
-            part["coef"][loss] = rows(stats["coef"])
+            clip = (1.0, math.inf) if loss in TGC else CLIP[loss]
+            clip = config.clip if loss == config.loss else clip
+            _, stats = policy_loss(logprobs, old_logprobs, advantage, mask, G, loss, clip)
+            part["coef"][loss] = rounded(stats["coef"])
             part["residual"][loss] = cancellation_residual(stats["coef"], ids, mask)
-        group["partitions"][partition] = part
-    return group
+        partitions[partition] = part
+    written = [row[:n] for row, n in zip(ids.tolist(), mask.sum(1).tolist())]
+    texts, tokens = token_spans(policy.tokenizer, written)
+    return dict(
+        prompt=task.prompt,
+        rubrics=[rubric.criterion for rubric in task.rubrics],
+        ids=written,
+        texts=texts,
+        spans=tokens,
+        verdicts=verdicts.tolist(),
+        known=known[:G, :K].tolist(),
+        relevance=rounded(relevance),
+        evidence=rounded(evidence[:G, :K]),
+        reward=rounded(rewards),
+        response_advantage=rounded(response_adv),
+        logprob=rounded(old_logprobs),
+        ratio=rounded((logprobs - old_logprobs).clamp(-20, 20).exp()),
+        partitions=partitions,
+    )
 
 
 def write_page(out, config):
@@ -1538,47 +1542,11 @@ def write_page(out, config):
             if name in row:
                 curves[name].append([row["step"], row[name], None])
     setting = {name: getattr(config, name) for name in ("partition", "loss", "alpha", "reward", "relevance")}
-    data = dict(title=out.name, setting=setting, groups=read_rows(out / "credit.jsonl"), curves={"this run": curves})
+    groups = read_rows(out / "credit.jsonl")
+    data = dict(title=out.name, setting=setting, groups=groups, curves={"this run": curves})
     page = (DATA / "credit.html").read_text(encoding="utf-8")
     text = json.dumps(data, ensure_ascii=False).replace("<", r"\u003c")  # no text can end the script
     (out / "credit.html").write_text(page.replace('"DATA"', text, 1), encoding="utf-8")
-
-
-def explain(models, tasks, out, config):
-    """A step in numbers, in the order of the sections, on the terminal and as a page: the first that teaches."""
-    rewards = torch.zeros(1)
-    step = 0
-    while rewards.std(correction=0) == 0 and step < 10:  # a group whose rewards differ
-        step += 1
-        row, example = train_step(models, *step_tasks(tasks, step, config), config)
-        task, rollout, verdicts, *_ = example
-        rewards = response_reward(verdicts[: config.group_size], config.reward)
-    group = credit(models, config, *example)
-    append(out / "metrics.jsonl", dict(step=step) | row)
-    append(out / "credit.jsonl", dict(step=step) | group)
-    write_page(out, config)
-    torch.set_printoptions(precision=2, sci_mode=False, linewidth=110)
-    shape = [config.group_size, len(task.rubrics), rollout.ids.shape[1]]  # G, K, T
-    part = group["partitions"][config.partition]
-    A = torch.tensor(group["response_advantage"])
-    ratio = torch.tensor([math.exp(fmean(map(math.log, row))) for row in group["ratio"]])
-    print(f"1. Prompt, and its K rubrics:\n{task.prompt}\n{group['rubrics']}")
-    print(f"\n2. ids [N, T] = {list(rollout.ids.shape)}, of which G rows answer this prompt; the first, as tokens:")
-    print(group["tokens"][0])
-    print(f"\n3. verdicts s [G, K]:\n{torch.tensor(group['verdicts'])}\nrewards R [G], {config.reward}: {rewards}")
-    print(f"\n4. relevance w [G, K, T] = {shape}; of the first response, the tokens behind each verdict:")
-    for criterion, rows in zip(group["rubrics"], group["relevance"]):
-        print(f"   {criterion}: {[token for token, w in zip(group['tokens'][0], rows[0]) if w > 0.5]}")
-    print(f"\n5. A = (R - mean) / std [G]: {A}")
-    print(f"a [G, T], {config.partition}; of the first response:\n{torch.tensor(part['token_advantage'][0])}")
-    print(f"both combined ({config.combine}, alpha = {config.alpha}):\n{torch.tensor(part['advantage'][0])}")
-    print(f"\n6. After one update a response's ratio is the geometric mean of its tokens' [G]: {ratio}")
-    weights = dict(ratio=ratio, min_replace=min_replace(ratio), adv_orthogonal=adv_orthogonal(ratio, A))
-    for name, w in weights.items():
-        print(f"   sum of A * {name:<14} over the group, 0 if shared tokens cancel: {float((A * w).sum()):+.5f}")
-    print("\n7. The cancellation residual of a next update on this group, 0 to 1, by loss:")
-    print("   " + ", ".join(f"{loss} {residual:.2f}" for loss, residual in part["residual"].items()))
-    torch.set_printoptions(profile="default")
 
 
 def trained(models):
@@ -1655,10 +1623,6 @@ def checked(config):
         raise BadInput("--clip: needs two numbers above 0, how far a ratio may go below and above 1")
     if config.combine == "mix" and config.alpha > 1:
         raise BadInput("--combine mix: --alpha must be at most 1, or rewards would count backwards")
-    if config.explain:
-        config.relevance = "evidence"  # the discriminator has learned nothing yet
-        if config.eval_only or WORLD > 1:
-            raise BadInput("--explain: takes one process, and no --eval-only")
     if config.prompts % WORLD:
         raise BadInput(f"--prompts {config.prompts}: {WORLD} processes cannot share them equally")
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
@@ -1832,9 +1796,6 @@ def run(config, train_tasks, eval_tasks, out):
     start = time.perf_counter()
     torch.manual_seed(config.seed)
     models = load_models(train_tasks + eval_tasks, config)
-    if config.explain:
-        explain(models, train_tasks, out, config)
-        return print(f"\nthe same with all its numbers: {out / 'credit.html'}")
     before, records = evaluate(models.policy, eval_tasks, config, models.judge)
     print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
     done = load_checkpoint(out, models)
