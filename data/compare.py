@@ -238,9 +238,9 @@ def write_page(runs, path):
 def compare(args, flags):
     keep_flags(flags, args.out)
     jobs = {}
-    for name in STUDIES.get(args.study, args.study).split(","):
-        options = [f"--{option}" for option in name.split("+") if option != "base"]
-        for seed in range(args.first_seed, args.first_seed + args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):  # a study cut short has whole seeds
+        for name in STUDIES.get(args.study, args.study).split(","):
+            options = [f"--{option}" for option in name.split("+") if option != "base"]
             folder = args.out / f"{name}+seed={seed}".replace("/", "_")
             jobs[folder] = [*flags, *options, f"--seed={seed}", f"--out={folder}"]
     try:
