@@ -11,7 +11,8 @@ token's log-probability is pushed up or down.
 In GRPO the policy (the language model in training) answers each prompt with a group of rollouts (sampled
 responses). A response's advantage says how far its reward lies above the group's mean, in standard
 deviations. It multiplies the gradient of each token's log-probability. The ratio of the new to the old
-probability weighs tokens that an older policy sampled; the clip lets a token go once its ratio is far from 1.
+probability weighs tokens that an older policy sampled. The clip lets a token go: its weight becomes 0 once
+its ratio has left a small range around 1.
 
     prompts with rubrics (1)
        | sample G responses to each (2)
@@ -41,9 +42,10 @@ probability weighs tokens that an older policy sampled; the clip lets a token go
     python rtt.py                         the embedded model and stories: minutes on a laptop, no download
     python rtt.py --model Qwen2.5-0.5B    a model of the hub, on data/instructions: a GPU of 24 GB
 
-Simpler than the papers, or different: rules verify the rubrics that rules can (IFEval's), a model that is asked
-for yes or no the others. The discriminator is not trained beforehand on labelled data, but online, from the evidence
-that the rules give. `token_advantage` and `policy_loss` name what is ours. Adam, a constant learning rate.
+Simpler than the papers, or different: rules verify the rubrics that rules can (IFEval's), a model that is
+asked for yes or no the others. The discriminator is not trained beforehand on labelled data, but online, from
+the evidence that the rules give. `token_advantage` and `policy_loss` name what is ours. Adam, a constant
+learning rate.
 """
 
 import argparse
@@ -79,7 +81,7 @@ DATA = Path(__file__).resolve().parent / "data"
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun: which of WORLD processes this is
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 PARTITIONS = ("intra", "inter", "rubric", "verdict", "contested", "cross")  # see token_advantage
-CONTESTED = ("verdict", "contested", "cross")  # those to which a rubric on which a group agrees gives nothing
+CONTESTED = ("verdict", "contested", "cross")  # those in which a rubric counts only if its group disagrees
 
 
 def setting(default, text, *choices):
@@ -93,7 +95,7 @@ class Config:
 
     model: str = setting("", "model folder, or name on the hub such as Qwen2.5-0.5B; none: the embedded one")
     data: str = setting(str(DATA / "instructions"), "folder of train and eval.jsonl, a file, or a hub name")
-    rubrics: int = setting(0, "use only prompts with so many rubrics; 0: all")
+    rubrics: int = setting(0, "use only prompts with exactly so many rubrics; 0: all")
     judge: str = setting("", "model that decides what no rule can; none: the starting policy")
     out: str = setting("", "new folder for all that the run writes; none: runs/<time>")
     resume: str = setting("", "folder of a broken run to go on with; only --steps, --device beside it")
@@ -110,12 +112,13 @@ class Config:
 
     reward: str = setting("aon", "all rubrics or nothing; or the share of them satisfied", "aon", "csr")
     relevance: str = setting(
-        "discriminator", "of tokens to verdicts", "discriminator", "evidence", "shuffled", "uniform"
+        "discriminator", "learned; or what the rules say, the same misplaced, 1 everywhere",
+        "discriminator", "evidence", "shuffled", "uniform",
     )
     partition: str = setting("verdict", "what token rewards are normalised over; intra is RTT's", *PARTITIONS)
     alpha: float = setting(0.5, "weight of the token level; 0 is plain GRPO")
     pool: str = setting("mean", "of the rubrics' token advantages: their mean, or their sum", "mean", "sum")
-    combine: str = setting("add", "A + alpha a; or (1 - alpha) A + alpha a", "add", "mix")
+    combine: str = setting("add", "add: A + alpha a; mix: (1 - alpha) A + alpha a", "add", "mix")
     discriminator_lr: float = setting(1e-5, "learning rate of the discriminator")
     warmup: int = setting(24, "rollouts that the discriminator learns from before the first step")
 
@@ -386,9 +389,10 @@ def load_tasks(path_or_hub_id, split="train"):
 #
 # In: P prompts as token ids.  Out: G responses to each, N = P*G rows, with the log-probability of every
 # sampled token.  Temperature is the only knob: a hidden top-k or repetition penalty would make the
-# distribution that is sampled another than the one that is scored, and every ratio wrong from the start.
+# distribution that is sampled differ from the one that is scored, and every ratio wrong from the start.
 # `token_logprobs` scores the same tokens again, with gradients.  A prompt is computed once for its
-# group: all of it but the last token goes into a cache, which is then repeated for the group's rows.  (Not so
+# group: all of it but the last token, whose output predicts the first of the response, goes into a cache,
+# which is then repeated for the group's rows.  (Not so
 # in training with gradient checkpointing, which allows no cache.)
 # ==================================================================================================
 
@@ -445,8 +449,9 @@ def encode_prompt(tokenizer, prompt):
     text = render(tokenizer, prompt)
     if prompt.strip() not in text:
         raise BadInput(f"{tokenizer.name_or_path}: its chat template leaves the prompt out")
-    if token_ids(tokenizer, prompt) == token_ids(tokenizer, prompt, special=False):
+    if token_ids(tokenizer, prompt) == token_ids(tokenizer, prompt, special=False):  # nothing looks special
         return token_ids(tokenizer, text)  # as a whole: a token may reach over the prompt's edge
+    # what does the template put before and behind a prompt?
     before, after = render(tokenizer, "~prompt~").split("~prompt~", 1)
     content = text.removeprefix(before).removesuffix(after)  # a template may strip what it is given
     content_ids = token_ids(tokenizer, content, special=False)
@@ -622,13 +627,13 @@ def token_spans(tokenizer, responses):
     """Lists of token ids -> texts, and for each token the span [start, end) of characters that it writes.
 
     Nothing is encoded again. A character that is spread over several tokens (byte-level BPE, emoji, Chinese)
-    is written by each of them.
+    is written by each of them: a token "a" and two that share one emoji have the spans (0, 1), (1, 2), (1, 2).
     """
     anchor = token_ids(tokenizer, "a")[-1:]
 
     @functools.cache
     def decoded(ids):
-        """What tokens write after an "a": at the beginning of a text SentencePiece drops a space."""
+        """What these tokens write behind an "a": at the beginning of a text SentencePiece drops a space."""
         options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return tokenizer.decode(anchor + list(ids), **options)[1:]
 
@@ -642,7 +647,7 @@ def token_spans(tokenizer, responses):
         for token in ids:
             pending = (*pending, token)
             piece = decoded(pending)
-            whole = piece.rstrip("\ufffd")  # the sign for bytes that are no character, or not yet
+            whole = piece.rstrip("\ufffd")  # U+FFFD: bytes that are no character, or not yet
             end = len(text) + len(whole)
             row.append((start, end if whole == piece else end + 1))
             start = end
@@ -703,9 +708,11 @@ def grade(tokenizer, rollout, tasks, judge=None):
     """Verdicts on every response of a rollout, for every rubric of its prompt.
 
     Returns texts (N strings), verdicts [N, K] in {+1, -1, 0}, evidence [N, K, T] in {0, 1}, and known [N, K]:
-    False where there is no such rubric, or the judge (a Policy) gave the verdict, without evidence.
+    False where there is no such rubric, or the judge (a Policy, needed where no rule decides) gave the verdict,
+    without evidence.
     """
     N, T = rollout.ids.shape
+    G = N // len(tasks)
     K = max(len(task.rubrics) for task in tasks)
     verdicts = torch.zeros(N, K, dtype=torch.long)
     evidence = torch.zeros(N, K, T)
@@ -715,20 +722,20 @@ def grade(tokenizer, rollout, tasks, judge=None):
     texts, tokens = token_spans(tokenizer, written)
     questions = {}  # (response, rubric) -> question for the judge
     for i, text in enumerate(texts):
-        task = tasks[i * len(tasks) // N]
+        task = tasks[i // G]
         answer = text[answer_start(text) :]
         if not rollout.truncated[i]:
             tokens[i].append((len(text), len(text) + 1))  # the end token
         for k, rubric in enumerate(task.rubrics):
             in_words = rubric.id == JUDGED and answer.strip()
-            verdict = Verdict(True, []) if in_words else verify(rubric, text, task.prompt)
-            verdicts[i, k] = 1 if verdict.satisfied else -1
-            known[i, k] = not (verdict.satisfied and needs_judge(rubric))  # a rule that says no is final
-            if known[i, k]:
-                marks = evidence_to_tokens(verdict.evidence, tokens[i])
-                evidence[i, k, : len(marks)] = torch.tensor(marks)
-            else:
+            verdict = None if in_words else verify(rubric, text, task.prompt)
+            if in_words or verdict.satisfied and needs_judge(rubric):  # a rule that says no is final
                 questions[i, k] = QUESTION.format(task.prompt, answer, rubric.criterion)
+                continue
+            verdicts[i, k] = 1 if verdict.satisfied else -1
+            known[i, k] = True
+            marks = evidence_to_tokens(verdict.evidence, tokens[i])
+            evidence[i, k, : len(marks)] = torch.tensor(marks)
     if questions:
         for (i, k), sure in zip(questions, judge_yes(judge, list(questions.values()))):
             verdicts[i, k] = 1 if sure > 0.5 else -1
@@ -757,9 +764,9 @@ def precision(device, dtype):
 
 
 def training_mode(model):
-    """Training mode for layers that checkpoint, which need it; evaluation mode for all that is in them.
+    """Training mode for layers that checkpoint, which need it; evaluation mode for all else.
 
-    Noise that a model adds in training mode, dropout or a router's, would turn the ratios into noise.
+    Dropout, or a router's noise, would turn the ratios into noise.
     """
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
@@ -774,7 +781,7 @@ def gather(value):
 
 
 def descend(model, optimizer, max_norm=1.0):
-    """A step on the sum of all processes' gradients; not made where that is not finite. Returns its norm."""
+    """Sum the gradients over processes, clip, step, unless the norm is not finite. Returns the norm."""
     if WORLD > 1:
         for weight in model.parameters():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -803,7 +810,7 @@ class RelevanceDiscriminator(torch.nn.Module):
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
 
     def forward(self, criteria, ids, mask):
-        """criteria: M texts; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
+        """criteria: M texts, as of criteria_of; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
         rows = [token_ids(self.tokenizer, f"{criterion}\n", special=False) for criterion in criteria]
         criterion_ids, criterion_mask = left_padded(rows, 0, ids.device)  # [M, C]
         attention = torch.cat([criterion_mask, mask], 1)  # [M, C + T]
@@ -813,7 +820,7 @@ class RelevanceDiscriminator(torch.nn.Module):
             hidden = self.base(joined, **options).last_hidden_state  # [M, C + T, H]
             return self.head(hidden[:, -ids.shape[1] :]).squeeze(2).float()
 
-    def batches(self, pairs, criteria, ids, mask, size):
+    def logits_in_batches(self, pairs, criteria, ids, mask, size):
         """For pairs (response i, rubric k), `size` at a time: their i, their k, T, and logits [size, T]."""
         lengths = mask.sum(1).tolist()
         pairs = sorted(pairs, key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
@@ -832,7 +839,7 @@ class RelevanceDiscriminator(torch.nn.Module):
         """
         self.eval()
         relevance = torch.zeros(*wanted.shape, ids.shape[1], device=ids.device)
-        for i, k, T, logits in self.batches(wanted.nonzero().tolist(), criteria, ids, mask, batch):
+        for i, k, T, logits in self.logits_in_batches(wanted.nonzero().tolist(), criteria, ids, mask, batch):
             relevance[i, k, :T] = logits.sigmoid() * mask[i, :T]
         return relevance
 
@@ -847,7 +854,7 @@ class RelevanceDiscriminator(torch.nn.Module):
         order = torch.randperm(len(every))[: math.ceil(pairs / WORLD)]
         chosen = [every[j] for j in order.tolist()]
         total = sum(gather(sum(int(mask[i].sum()) for i, _ in chosen)))  # response tokens
-        for i, k, T, logits in self.batches(chosen, criteria, ids, mask, batch):
+        for i, k, T, logits in self.logits_in_batches(chosen, criteria, ids, mask, batch):
             weight = mask[i, :T].float()
             options = dict(weight=weight, reduction="sum")
             loss = F.binary_cross_entropy_with_logits(logits, evidence[i, k, :T], **options)
@@ -858,7 +865,7 @@ class RelevanceDiscriminator(torch.nn.Module):
 
 def shuffled(relevance, mask):
     """relevance [N, K, T] with the tokens of each response in a random order: the same credit, misplaced."""
-    keys = torch.rand(mask.shape).to(mask.device) - mask.float()  # [N, T] tokens before padding
+    keys = torch.rand(mask.shape).to(mask.device) - mask.float()  # [N, T] below 0 at tokens, not at padding
     order = keys.argsort(1)[:, None].expand_as(relevance)  # [N, K, T]
     return relevance.gather(2, order) * mask[:, None]
 
@@ -919,8 +926,8 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool=
 
     verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T]. No gradient.
     partition: see the branches; the default is RTT's, that of the command line is "verdict". pool: "mean" over
-    the rubrics of a response, or "sum" (RTT's release has both): then a token's push does not shrink with the
-    number of rubrics that it has nothing to do with. Raises ValueError for another partition or pool.
+    a response's rubrics, or "sum" (RTT's release has both), in which rubrics that have nothing to do with a
+    token do not make its push smaller. Raises ValueError for another partition or pool.
 
     One rubric, satisfied by the first response for its third token, violated by the second for its second
     (verdicts [[1], [-1]], relevance [[[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps near 0):
@@ -937,19 +944,19 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool=
     """
     if pool not in ("mean", "sum"):
         raise ValueError(f"pool must be 'mean' or 'sum', not {pool!r}")
-    signs = verdicts.float()  # [G, K]; whole numbers would cut a relevance of 0.7 to 0
+    signs = verdicts.float()  # [G, K]
     exists = (signs != 0).float()  # [G, K]
     valid = mask[:, None].float() * exists[..., None]  # [G, K, T]
     relevance = relevance.masked_fill(valid == 0, 0.0)  # [G, K, T]
     token_reward = signs[..., None] * relevance  # [G, K, T]
     verdict_adv = masked_normalize(signs, exists, 0, eps)[..., None]  # [G, K, 1]
-    rubrics = exists.sum(1).clamp(min=1)[:, None] if pool == "mean" else 1  # [G, 1]
+    divisor = exists.sum(1).clamp(min=1)[:, None] if pool == "mean" else 1  # [G, 1]: rubrics, or 1
     if partition == "intra":  # RTT: over the tokens of each response and rubric
         advantage = masked_normalize(token_reward, valid, 2, eps)
     elif partition == "inter":  # RTT: over the tokens of all responses, for each rubric
         advantage = masked_normalize(token_reward, valid, (0, 2), eps)
     elif partition == "rubric":  # RTT: over the tokens of all responses, after pooling the rubrics
-        return masked_normalize(token_reward.sum(1) / rubrics, mask.float(), (0, 1), eps)
+        return masked_normalize(token_reward.sum(1) / divisor, mask.float(), (0, 1), eps)
     elif partition == "verdict":  # ours: verdicts over the responses, only then spread by relevance
         advantage = verdict_adv * relevance
     elif partition == "contested":  # ours: intra, but 0 from rubrics on which the group agrees
@@ -958,7 +965,7 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool=
         advantage = verdict_adv * masked_normalize(relevance, valid, (0, 2), eps)
     else:
         raise ValueError(f"unknown partition {partition!r}")
-    return advantage.sum(1) / rubrics  # [G, T]
+    return advantage.sum(1) / divisor  # [G, T]
 
 
 def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
@@ -979,13 +986,13 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 # Any group objective has the gradient sum_i sum_t c[i, t] * grad log pi(y[i, t]), with the effective
 # coefficient c = advantage * weight.  A token that all responses share in the same context has the same
 # gradient in all of them: it moves by sum_i c[i, t].  Sharing it made no response better than another, so
-# the sum should be 0.  A group's response-level advantages sum to 0; times weights that differ between the
-# responses they do not, unless the weights are first made constant or orthogonal to the advantages.
+# the sum should be 0.  A group's response-level advantages sum to 0.  Multiplied by weights that differ between
+# the responses they do not, unless the weights are first made equal or orthogonal to the advantages.
 # What is left over is the learning tax: the policy drifts, and no response is the better for it.
 # TGC's word for the condition is exchangeable: it must not matter in which response a shared token stands.
 #
-# What breaks it: PPO's one-sided clip, which lets go of a token in some responses and not in others, by their
-# advantages' signs ("grpo"); one ratio for a whole response, and the division by its length |y|, even on
+# What breaks it: PPO's one-sided clip, which lets a token go in some responses and not in others, by the signs
+# of their advantages ("grpo"); one ratio for a whole response, and the division by its length |y|, even on
 # policy ("gspo").  A ratio of each token is harmless: the same token after the same text has one ratio.
 #
 # A token channel must sum to 0 by itself.  Of the partitions of section 5 "verdict" and "cross" do, where a
@@ -1006,9 +1013,9 @@ def adv_orthogonal(w, adv):
     """
     w = w.detach()
     adv = adv.detach()
-    norm = adv.square().sum(-1, keepdim=True)
-    scale = (adv * w).sum(-1, keepdim=True) / norm.clamp(min=1e-12)
-    return w - adv * scale.masked_fill(norm < 1e-12, 0.0)
+    square = adv.square().sum(-1, keepdim=True)
+    scale = (adv * w).sum(-1, keepdim=True) / square.clamp(min=1e-12)
+    return w - adv * scale.masked_fill(square < 1e-12, 0.0)
 
 
 def cancellation_residual(coef, ids, mask):
@@ -1087,14 +1094,14 @@ def loss_denominator(mask, loss):
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=None, denominator=None
 ):
-    """The loss to minimise (a scalar), and its statistics (a dict). For every loss, d loss / d logprobs =
-    -coef / denominator, and only logprobs gets a gradient.
+    """The loss to minimise (a scalar), and its statistics (a dict). Its gradient is, for every loss,
+    d loss / d logprobs = -coef / denominator; but for grpo and gspo its value means nothing.
 
     logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows; float32, for in
     half precision a ratio near 1 is mostly rounding. loss: see the branches. clip: (low, high), by default
     CLIP's. denominator: that of the whole update, of which this may be a part.
     Statistics: clip_fraction (of the tokens that the clip lets go), approx_kl (k3 estimate of
-    KL(sampler || policy)), and coef [N, T]. The value of a loss with a fixed weight means nothing.
+    KL(sampler || policy)), and coef [N, T]. Only logprobs gets a gradient.
     Raises ValueError for an unknown loss, and for other shapes.
     """
     if loss not in CLIP:
@@ -1115,23 +1122,23 @@ def policy_loss(
     ratio = log_ratio.exp()  # [N, T]
     fixed = ratio.detach()
     inside = (fixed >= 1 - low) & (fixed <= 1 + high)  # [N, T]
-    first = fixed[:, 0].view(-1, group_size)  # [P, G] for dfpo the ratio of each response
+    response_ratio = fixed[:, 0].view(-1, group_size)  # [P, G], of dfpo: there a row has one ratio
     if loss == "grpo":  # per-token ratio, PPO's clip, token mean
         objective, weight = clipped_objective(ratio, advantages, low, high)
     elif loss == "gspo":  # the response's ratio, PPO's clip, mean of token means (GSPO-token)
         objective, weight = clipped_objective(ratio, advantages, low, high)
         scale = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
-    elif loss == "grpo-mask":  # let go on both sides, whatever the advantage's sign (IcePop, arXiv:2510.18855)
+    elif loss == "grpo-mask":  # a clip on both sides, whatever the advantage's sign (IcePop, arXiv:2510.18855)
         weight = fixed * inside
     elif loss == "grpo-fix":  # TGC: the clip changes the weight alone, whatever the advantage's sign
         weight = fixed.clamp(0.8, 1.2)
     elif loss == "dfpo-min":  # TGC: one weight for the group
-        weight = min_replace(first).reshape(-1, 1).expand_as(ratio)
+        weight = min_replace(response_ratio).reshape(-1, 1).expand_as(ratio)
     elif loss == "dfpo-orth":  # TGC: weights that cancel where a response's advantage is the same everywhere
         mean_advantage = masked_mean(advantages, mask).view(-1, group_size)  # [P, G]
-        weight = adv_orthogonal(first, mean_advantage).reshape(-1, 1).expand_as(ratio)
+        weight = adv_orthogonal(response_ratio, mean_advantage).reshape(-1, 1).expand_as(ratio)
     if loss in TGC:
-        # group clip (ours): where one ratio is outside, the whole group is let go, so shared tokens still cancel
+        # group clip (ours): where one ratio is outside, all of the group is let go: shared tokens still cancel
         group_inside = inside.view(-1, group_size * mask.shape[1]).all(1)  # [P]
         weight = weight * group_inside.repeat_interleave(group_size)[:, None]
     if loss not in ("grpo", "gspo"):
@@ -1169,8 +1176,8 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
     """`config.updates` optimiser steps on one rollout; advantages [N, T]. Returns their mean statistics.
 
     The denominator is that of the whole update, so the gradient does not depend on how many micro-batches or
-    processes there are. The old log-probabilities are the sampler's: no pass is spent on them. Below float32,
-    where the sampler rounds otherwise, they are those of the first update. reference: for --kl.
+    processes there are. The old log-probabilities are the sampler's: no pass is spent on them. Below float32
+    the sampler rounds otherwise, so they are the first update's own, and its ratios are 1. reference: for --kl.
     """
     training_mode(model)
     G = config.group_size
@@ -1185,7 +1192,7 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
             mask = rollout.mask[rows, :T]
             with precision(config.device, config.dtype):
                 logprobs = token_logprobs(model, ids, attention, T, config.temperature, shared)  # [n, T]
-            if number == 0 and config.dtype != "float32":  # this pass is the old policy's, too
+            if number == 0 and config.dtype != "float32":  # the policy has not changed yet
                 old_logprobs[rows, :T] = logprobs.detach()
             tensors = (logprobs, old_logprobs[rows, :T], advantages[rows, :T], mask)
             loss, stats = policy_loss(*tensors, G, config.loss, config.clip, denominator)
@@ -1203,7 +1210,7 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
         residuals = [cancellation_residual(*group) for group in groups if group[0].any()]
         totals["residual"] += fmean(residuals or [0.0]) / WORLD
     means = {name: sum(gather(total)) / config.updates for name, total in totals.items()}
-    return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+    return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}  # JSON has no NaN
 
 
 # ==================================================================================================
@@ -1245,10 +1252,12 @@ def criteria_of(tasks, verdicts):
 
     verdicts [N, K] -> for each of the N responses a list of texts.
     """
+    G = len(verdicts) // len(tasks)
     criteria = []
     for i, row in enumerate(verdicts.tolist()):
-        rubrics = tasks[i * len(tasks) // len(verdicts)].rubrics
-        criteria.append([f"{'yes' if s > 0 else 'no'}: {rubric.criterion}" for rubric, s in zip(rubrics, row)])
+        answers = ["yes" if verdict > 0 else "no" for verdict in row]
+        rubrics = tasks[i // G].rubrics
+        criteria.append([f"{answer}: {rubric.criterion}" for answer, rubric in zip(answers, rubrics)])
     return criteria
 
 
@@ -1273,6 +1282,7 @@ def token_relevance(discriminator, tasks, rollout, verdicts, evidence, known, co
         differs = (grouped != grouped[:, :1]).any(1, keepdim=True)  # [P, 1, K]
         wanted = (grouped * differs).view_as(verdicts)
     relevance = discriminator.predict(criteria, rollout.ids, rollout.mask, wanted)
+    # measured before it learns from these responses
     f1, auroc = f1_and_auroc(*scored_tokens(relevance, evidence, wanted * known, rollout.mask))
     discriminator.fit(criteria, rollout.ids, rollout.mask, evidence, known)
     return relevance, dict(f1=f1, auroc=auroc)
@@ -1331,7 +1341,7 @@ def train_step(models, tasks, seeds, config):
         rubric=float(response_reward(verdicts.view(-1), "csr")),
         entropy=float(rollout.entropy.sum() / tokens),  # in nats a token
         truncated=float(rollout.truncated.float().mean()),
-        zero_variance=float((grouped == grouped[:, :1]).all(1).float().mean()),  # groups that teach nothing
+        zero_variance=float((grouped == grouped[:, :1]).all(1).float().mean()),  # groups of equal rewards
         token_share=token_share,
         tokens=tokens,
         seconds=sum(seconds.values()),
@@ -1347,7 +1357,7 @@ def progress(items, what):
 
 
 def warm_up(models, tasks, config):
-    """Train the discriminator on the starting policy's rollouts: steps 1 - warmup to 0. The policy stays."""
+    """Train the discriminator on `warmup` rollouts of the starting policy, which stays: steps up to 0."""
     policy = models.policy
     for step in progress(range(1 - config.warmup, 1), "warm-up"):
         drawn, seeds = step_tasks(tasks, step, config)
