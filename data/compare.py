@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 RTT = Path(__file__).resolve().parent.parent / "rtt.py"
 GOAL = 0.5  # the held-out instruction-level accuracy whose first step the table names
 MEANS = ["entropy", "residual", "seconds"]  # columns without an interval
-CURVES = ["reward", "entropy", "residual", "token_share"]
+CURVES = ["reward", "entropy", "residual", "token_share", "f1"]  # f1: of the discriminator, if there is one
 T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 1 to 10 numbers
 
 
@@ -126,7 +126,7 @@ def thinned(rows, name):
     """A column of metrics as [[step, mean of ten steps], ...]; nulls are left out, None where nothing is left."""
     points = []
     for start in range(0, len(rows), 10):
-        values = [value for value in column(rows[start : start + 10], name) if value is not None]
+        values = [row[name] for row in rows[start : start + 10] if row.get(name) is not None]
         points.append([min(start + 10, len(rows)), round(fmean(values), 4) if values else None])
     return points
 
