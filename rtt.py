@@ -118,7 +118,6 @@ class Config:
     partition: str = setting("verdict", "what token rewards are normalised over; intra is RTT's", *PARTITIONS)
     alpha: float = setting(0.5, "weight of the token level; 0 is plain GRPO")
     pool: str = setting("mean", "of the rubrics' token advantages: their mean, or their sum", "mean", "sum")
-    combine: str = setting("add", "add: A + alpha a; mix: (1 - alpha) A + alpha a", "add", "mix")
     discriminator_lr: float = setting(1e-5, "learning rate of the discriminator")
     warmup: int = setting(24, "rollouts that the discriminator learns from before the first step")
 
@@ -372,9 +371,7 @@ def load_tasks(path_or_hub_id, split="train"):
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
             tasks.append(make_task(row))
-        except BadInput as error:
-            raise BadInput(f"{path}:{number}: {error}") from None
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (BadInput, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path}:{number}: not a JSON object of this schema: {error}") from None
         ignored |= row.keys() - {"prompt", "instruction_id_list", "kwargs", "rubrics", "key"}
     if not tasks:
@@ -499,13 +496,15 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
 
     prompts: P lists of token ids. end_ids: tokens that end a response. seeds: one integer a prompt, whose
     samples depend on it and on nothing else in the batch. Rows that have ended leave the batch.
-    Leaves the model in evaluation mode. Raises ValueError for a temperature not above 0, and
-    FloatingPointError where the model's probabilities are not numbers.
+    Leaves the model in evaluation mode. Raises ValueError for a temperature not above 0
+    and for other than one seed a prompt, and FloatingPointError where the model's probabilities are not numbers.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     model.eval()
     seeds = seeds or torch.randint(2**62, (len(prompts),)).tolist()
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
     shape = (group_size, max_new_tokens)
     uniform = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     uniform = torch.cat(uniform).to(model.device)  # [N, max_new_tokens]
@@ -947,7 +946,7 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool=
     signs = verdicts.float()  # [G, K]
     exists = (signs != 0).float()  # [G, K]
     valid = mask[:, None].float() * exists[..., None]  # [G, K, T]
-    relevance = relevance.masked_fill(valid == 0, 0.0)  # [G, K, T]
+    relevance = relevance.float().masked_fill(valid == 0, 0.0)  # [G, K, T]
     token_reward = signs[..., None] * relevance  # [G, K, T]
     verdict_adv = masked_normalize(signs, exists, 0, eps)[..., None]  # [G, K, 1]
     divisor = exists.sum(1).clamp(min=1)[:, None] if pool == "mean" else 1  # [G, 1]: rubrics, or 1
@@ -1011,8 +1010,8 @@ def adv_orthogonal(w, adv):
     w itself where |adv| = 0 (below 1e-6 it is rounding: advantages have unit scale). Weights may come out
     negative. w [.9, 1.1, 1.3], adv [1.2, -.4, -.8] -> [1.114, 1.029, 1.157].
     """
-    w = w.detach()
-    adv = adv.detach()
+    w = w.detach().float()
+    adv = adv.detach().float()
     square = adv.square().sum(-1, keepdim=True)
     scale = (adv * w).sum(-1, keepdim=True) / square.clamp(min=1e-12)
     return w - adv * scale.masked_fill(square < 1e-12, 0.0)
@@ -1301,7 +1300,7 @@ def batch_advantages(rewards, verdicts, relevance, mask, config):
     for R, s, w, valid in groups:  # [G], [G, K], [G, K, T], [G, T]
         response_adv = response_advantage(R)  # [G]
         token_adv = token_advantage(s, w, valid, config.partition, pool=config.pool)  # [G, T]
-        advantages.append(combine_advantages(response_adv, token_adv, valid, config.alpha, config.combine))
+        advantages.append(combine_advantages(response_adv, token_adv, valid, config.alpha))
         response_push += float((response_adv[:, None] * valid).abs().sum())
         token_push += float((config.alpha * token_adv * valid).abs().sum())
     return torch.cat(advantages), token_push / response_push if response_push else None
@@ -1380,16 +1379,17 @@ def train(models, train_tasks, eval_tasks, out, config, done=0):
             row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
         shown = measured or step in (1, config.steps)
         if RANK == 0:
-            append(out / "metrics.jsonl", dict(step=step) | row)
+            write_rows(out / "metrics.jsonl", [dict(step=step) | row], "a")
         if RANK == 0 and shown:
-            append(out / "credit.jsonl", dict(step=step) | credit(models, config, *example))
+            group = credit(models, config, *example)
+            write_rows(out / "credit.jsonl", [dict(step=step) | group], "a")
             write_page(out, config)
         if measured or step == config.steps:
             save_checkpoint(out, models, step)
         if measured:  # after all is written: nothing that is only shown may cost a step
-            line = "step {step:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
-            line += "{prompts} held-out prompts: {eval_instruction:.1%} / {eval_rubric:.1%}"
-            tqdm.write(line.format(step=step, prompts=result["prompts"], **row))
+            line = "step {:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
+            line += "held-out {eval_instruction:.1%} / {eval_rubric:.1%}"
+            tqdm.write(line.format(step, **row))
         bar.set_postfix_str(f"reward {row['reward']:.2f}, entropy {row['entropy']:.2f}")
 
 
@@ -1414,8 +1414,9 @@ def record(index, task, text, truncated, verdicts, known):
 def evaluate(policy, tasks, config, judge=None, discriminator=None):
     """Accuracy on held-out tasks, one response each, every time from the same random numbers.
 
-    Returns a dict and the records of all responses. The dict: "instruction", "rubric", "truncated": shares;
-    "kinds": {rubric id: [satisfied, total]}; "prompts": how many; with a discriminator its "f1" and "auroc".
+    Returns the records of all responses, and a dict of shares: of prompts with all rubrics satisfied
+    ("instruction"), of rubrics ("rubric", and each id), of responses "truncated"; with a discriminator also its
+    "f1" and "auroc", on the first process's prompts.
     """
     records = []
     scored = []
@@ -1433,19 +1434,15 @@ def evaluate(policy, tasks, config, judge=None, discriminator=None):
             scored.append(scored_tokens(relevance, evidence, known, rollout.mask))
     records = sum(gather(records), [])
     records.sort(key=lambda each: each["index"])
-    kinds = defaultdict(lambda: [0, 0])
+    met = defaultdict(list, instruction=[], rubric=[], truncated=[])  # in this order
     for each in records:
+        met["instruction"].append(all(rubric["satisfied"] for rubric in each["rubrics"]))
+        met["truncated"].append(each["truncated"])
         for rubric in each["rubrics"]:
-            kinds[rubric["id"]][0] += rubric["satisfied"]
-            kinds[rubric["id"]][1] += 1
-    result = dict(
-        prompts=len(tasks),
-        instruction=fmean(all(rubric["satisfied"] for rubric in each["rubrics"]) for each in records),
-        rubric=sum(met for met, _ in kinds.values()) / sum(total for _, total in kinds.values()),
-        truncated=fmean(each["truncated"] for each in records),
-        kinds=dict(sorted(kinds.items())),
-    )
-    if scored:  # on the first process's prompts
+            met["rubric"].append(rubric["satisfied"])
+            met[rubric["id"]].append(rubric["satisfied"])
+    result = {name: fmean(values) for name, values in met.items()}
+    if scored:
         relevance = torch.cat([part for part, _ in scored])
         evidence = torch.cat([part for _, part in scored])
         result["f1"], result["auroc"] = f1_and_auroc(relevance, evidence)
@@ -1453,27 +1450,22 @@ def evaluate(policy, tasks, config, judge=None, discriminator=None):
 
 
 def table(before, after):
-    """Held-out accuracy before and after, overall and per kind of rubric."""
-    total = sum(n for _, n in before["kinds"].values())
-    rows = [
-        ("instruction level (all rubrics)", before["prompts"], before["instruction"], after["instruction"]),
-        ("rubric level", total, before["rubric"], after["rubric"]),
-    ]
-    for kind, (met, n) in before["kinds"].items():
-        rows.append((f"  {kind}", n, met / n, after["kinds"][kind][0] / n))
-    lines = [f"{'held-out accuracy, %':<42}{'count':>7}{'before':>9}{'after':>9}{'change':>9}"]
-    for name, n, x, y in rows:
-        lines.append(f"{name:<42}{n:>7}{100 * x:>9.1f}{100 * y:>9.1f}{100 * (y - x):>+9.1f}")
+    """What evaluate measured before and after training, in per cent."""
+    lines = [f"{'held-out prompts, %':<42}{'before':>9}{'after':>9}{'change':>9}"]
+    for name, x in before.items():
+        y = after[name]
+        lines.append(f"{name:<42}{100 * x:>9.1f}{100 * y:>9.1f}{100 * (y - x):>+9.1f}")
     return "\n".join(lines)
 
 
 CURVES = ("eval_instruction", "eval_rubric", "reward", "entropy", "residual", "token_share")
 
 
-def append(path, row):
-    """Add a row to a file of JSON lines."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def write_rows(path, rows, mode="w"):
+    """Write a file of JSON lines; mode "a": add to it."""
+    with open(path, mode, encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_rows(path):
@@ -1515,7 +1507,7 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     partitions = {}
     for partition in PARTITIONS:
         token_adv = token_advantage(verdicts, relevance, mask, partition, pool=config.pool)
-        advantage = combine_advantages(response_adv, token_adv, mask, config.alpha, config.combine)
+        advantage = combine_advantages(response_adv, token_adv, mask, config.alpha)
         part = dict(token_advantage=rounded(token_adv), advantage=rounded(advantage), coef={}, residual={})
         for loss in CLIP:
             clip = (1.0, math.inf) if loss in TGC else CLIP[loss]
@@ -1577,34 +1569,23 @@ def save_checkpoint(out, models, done):
 
 
 def load_checkpoint(out, models):
-    """Put all back as it was at the checkpoint, if there is one. Returns how many steps were done.
-
-    Rows of metrics and credit that came after it go: their steps are done again.
-    """
+    """Put all back as it was at the checkpoint, if there is one. Returns how many steps were done."""
     done = 0
     if (out / "checkpoint.pt").is_file():
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         done = state["done"]
         for name, part in trained(models).items():
             part.load_state_dict(state[name])
-    if RANK == 0 and (out / "metrics.jsonl").is_file():
-        with open(out / "metrics.jsonl", "rb+") as file:
-            for _ in range(done):  # a line is a step
-                file.readline()
-            file.truncate()
-    if RANK == 0 and (out / "credit.jsonl").is_file():
-        rows = [row for row in read_rows(out / "credit.jsonl") if row["step"] <= done]
-        (out / "credit.jsonl").unlink()
-        for row in rows:
-            append(out / "credit.jsonl", row)
+    for path in (out / "metrics.jsonl", out / "credit.jsonl"):
+        if RANK == 0 and path.is_file():
+            rows = [row for row in read_rows(path) if row["step"] <= done]  # later steps are done again
+            write_rows(path, rows)
     return done
 
 
 def save_results(policy, out, config, before, after, records):
     """The trained policy, the held-out responses, the table: what a finished run leaves."""
-    (out / "responses.jsonl").unlink(missing_ok=True)
-    for each in records:
-        append(out / "responses.jsonl", each)
+    write_rows(out / "responses.jsonl", records)
     if not config.eval_only:
         policy.model.generation_config.eos_token_id = policy.end_ids
         policy.model.save_pretrained(out / "policy")
@@ -1631,8 +1612,6 @@ def checked(config):
         raise BadInput("--group-size 1: must be at least 2, or there is nothing to compare with")
     if config.clip and (len(config.clip) != 2 or not all(x > 0 for x in config.clip)):
         raise BadInput("--clip: needs two numbers above 0, how far a ratio may go below and above 1")
-    if config.combine == "mix" and config.alpha > 1:
-        raise BadInput("--combine mix: --alpha must be at most 1, or rewards would count backwards")
     if config.prompts % WORLD:
         raise BadInput(f"--prompts {config.prompts}: {WORLD} processes cannot share them equally")
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
@@ -1702,90 +1681,66 @@ def turn_end(tokenizer):
 
     Not always the tokenizer's end token: base models of Qwen have <|endoftext|>, their template <|im_end|>.
     """
-    if not tokenizer.chat_template:
-        return None
-    _, found, after = render(tokenizer, "question", "~answer~").rpartition("~answer~")
-    for token in token_ids(tokenizer, after if found else ""):
-        if token in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[token].special:
-            return token
+    if tokenizer.chat_template:
+        _, _, after = render(tokenizer, "question", "~answer~").rpartition("~answer~")
+        for token in token_ids(tokenizer, after):
+            if token in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[token].special:
+                return token
     return None
 
 
-def load(where, kind, name, **options):
-    """kind.from_pretrained(name), of a local folder or a hub id. Raises BadInput; `where` is for its message."""
+def load_policy(name, config, dtype):
+    """A Policy, of a folder or a hub id. Raises BadInput if it cannot be used."""
     try:
-        return kind.from_pretrained(name, **options)
+        settings = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if getattr(settings, "quantization_config", None):
+            raise ValueError("it is quantised; only weights in floating point can be trained")
+        text_settings = settings.get_text_config()
+        for key, value in vars(text_settings).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(text_settings, key, 0.0)  # dropout would turn ratios into noise
+        options = dict(config=settings, dtype=dtype, use_safetensors=True)  # no pickles, no remote code
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        if config.gradient_checkpointing:
+            model.activation_checkpointing_enable()
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"cannot be loaded from here or the hub ({reason}); python rtt.py alone needs no download"
-        raise BadInput(f"{where}: {reason}") from None
-
-
-def without_dropout(settings):
-    """Set every probability of dropping something in a model's config to 0: it would turn ratios into noise."""
-    for name, value in vars(settings).items():
-        if isinstance(value, transformers.PreTrainedConfig):  # the text model's part of a larger one
-            without_dropout(value)
-        elif "drop" in name and isinstance(value, float):
-            setattr(settings, name, 0.0)
-
-
-def load_policy(where, name, config, dtype, tasks, around=""):
-    """A Policy with room for these tasks' prompts in its context. Raises BadInput if it cannot be used.
-
-    where: for messages. around: what a judge reads beside the prompt.
-    """
-    settings = load(where, AutoConfig, name)
-    tokenizer = load(where, AutoTokenizer, name)
-    if getattr(settings, "quantization_config", None):
-        raise BadInput(f"{where}: is quantised; only weights in floating point can be trained")
-    without_dropout(settings)
-    options = dict(config=settings, dtype=dtype, use_safetensors=True)  # no pickles, no remote code
-    model = load(where, AutoModelForCausalLM, name, **options)
-    longest = max(len(encode_prompt(tokenizer, task.prompt + around)) for task in tasks)
-    if longest == 0:
-        raise BadInput(f"{where}: has no tokenizer, or one without any token")
-    room = context_length(settings)
-    if longest + config.max_new_tokens > room:
-        sizes = f"a prompt of {longest} and --max-new-tokens {config.max_new_tokens}"
-        raise BadInput(f"{where}: {sizes} exceed the context of {room} tokens")
-    kinds = set(getattr(settings.get_text_config(), "layer_types", None) or [])
-    needed = {"cache", "position_ids", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys()
-    if needed or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
-        raise BadInput(f"{where}: has recurrent layers; only attention's past can be shared by a group")
+        reason = f"cannot be used, from here or the hub ({reason}); python rtt.py alone needs no download"
+        raise BadInput(f"model {name}: {reason}") from None
+    lacking = {"cache", "position_ids", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys()
+    kinds = set(getattr(text_settings, "layer_types", None) or [])
+    if lacking or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        raise BadInput(f"model {name}: only attention's past can be shared by a group; it has other layers")
     generation = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
     ends = ends.union(generation if isinstance(generation, list) else [generation]) - {None}
     if not ends:
-        raise BadInput(f"{where}: neither its tokenizer nor its generation_config has an end token")
+        raise BadInput(f"model {name}: neither its tokenizer nor its generation_config has an end token")
     return Policy(model.to(config.device), tokenizer, sorted(ends))
 
 
 def load_models(tasks, config):
     """All models of a run. Raises BadInput."""
-    policy = load_policy(f"--model {config.model}", config.model, config, torch.float32, tasks)
+    policy = load_policy(config.model, config, torch.float32)
+    longest = max(len(encode_prompt(policy.tokenizer, task.prompt)) for task in tasks)
+    room = context_length(policy.model.config)
+    if not 0 < longest <= room - config.max_new_tokens:  # 0: an empty tokenizer
+        sizes = f"a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens}"
+        raise BadInput(f"model {config.model}: {sizes} do not fit into its context of {room}")
     judge = None
     discriminator = None
-    judged = [task for task in tasks if any(map(needs_judge, task.rubrics))]
-    if judged:
+    if any(needs_judge(rubric) for task in tasks for rubric in task.rubrics):
         name = config.judge or config.model
-        around = QUESTION + "criterion " * 20  # room for criteria of some 20 words
-        judge = load_policy(f"--judge {name}", name, config, getattr(torch, config.dtype), judged, around)
+        judge = load_policy(name, config, getattr(torch, config.dtype))
         yes = first_tokens(judge.tokenizer, "yes")
         no = first_tokens(judge.tokenizer, "no")
         if yes <= no or no <= yes:
-            raise BadInput(f"--judge {name}: its tokenizer begins yes and no alike")
+            raise BadInput(f"model {name}: cannot judge, for its tokenizer begins yes and no alike")
     if config.relevance == "discriminator" and config.alpha and not config.eval_only:
         base = copy.deepcopy(policy.model.base_model)
         discriminator = RelevanceDiscriminator(base, policy.tokenizer, config.discriminator_lr, config.dtype)
     reference = copy.deepcopy(policy.model) if config.kl else None
-    if config.gradient_checkpointing:
-        try:
-            policy.model.activation_checkpointing_enable()
-            if discriminator:
-                discriminator.base.activation_checkpointing_enable()
-        except ValueError as error:
-            raise BadInput(f"--gradient-checkpointing: {error}; use --no-gradient-checkpointing") from None
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=config.lr)
     return Models(policy, optimizer, discriminator, judge, reference)
 
@@ -1891,12 +1846,10 @@ def script_of(language):
 
 def needs_judge(rubric):
     """Must a model judge it? A criterion in words, and a language whose letters others share."""
-    if rubric.id == JUDGED:
-        return True
-    if "language" not in rubric.kwargs:
-        return False
-    _, sharing = script_of(rubric.kwargs["language"])
-    return len(sharing) > 1
+    if "language" in rubric.kwargs:
+        _, sharing = script_of(rubric.kwargs["language"])
+        return len(sharing) > 1
+    return rubric.id == JUDGED
 
 
 @verifier("language:response_language")

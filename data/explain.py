@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """One step of rtt.py in numbers, in the order of its sections: the tutorial with real tensors.
 
-    python data/explain.py --partition intra --loss dfpo-orth
+    python data/explain.py --partition intra --reward csr
 
 Flags are rtt.py's. The step is the first, of up to ten, in whose first group the rewards differ; the relevance is
 the rules' evidence, for the discriminator has learned nothing yet. The run's folder gets the same as credit.html.
@@ -22,7 +22,7 @@ def first_that_teaches(models, tasks, config):
     for step in range(1, 11):
         row, example = rtt.train_step(models, *rtt.step_tasks(tasks, step, config), config)
         rewards = rtt.response_reward(example[2][: config.group_size], config.reward)
-        if rewards.std() > 0:
+        if (rewards != rewards[0]).any():
             break
     return dict(step=step) | row, example
 
@@ -50,13 +50,13 @@ def explain(config, task, rollout, verdicts, relevance, group):
         print(f"   {'met' if sign > 0 else 'violated'}: {rubric.criterion}: {behind}")
     A = rtt.response_advantage(R)
     a = rtt.token_advantage(s, w, mask, config.partition, pool=config.pool)
-    combined = rtt.combine_advantages(A, a, mask, config.alpha, config.combine)
+    combined = rtt.combine_advantages(A, a, mask, config.alpha)
     print(f"\n5. response level A = (R - mean) / std [G]: {A}")
     print(f"   token level a [G, T], partition {config.partition}; the first response's\n{a[0, :n]}")
-    print(f"   both, {config.combine}, alpha = {config.alpha}\n{combined[0, :n]}")
+    print(f"   both, A + alpha * a, alpha = {config.alpha}\n{combined[0, :n]}")
     log_ratio = torch.tensor(group["ratio"]).log() * mask
     ratio = (log_ratio.sum(1) / mask.sum(1)).exp()
-    print(f"\n6. After one update, each response's ratio [G] (the geometric mean of its tokens'): {ratio}")
+    print(f"\n6. After the update, each response's ratio [G] (the geometric mean of its tokens'): {ratio}")
     weights = dict(ratio=ratio, min_replace=rtt.min_replace(ratio), adv_orthogonal=rtt.adv_orthogonal(ratio, A))
     for name, weight in weights.items():
         print(f"   {name:<14} sum of A * weight, 0 if shared tokens cancel: {float((A * weight).sum()):+.5f}")
@@ -70,15 +70,18 @@ def explain(config, task, rollout, verdicts, relevance, group):
 
 def main(argv=None):
     transformers.logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="replace")  # as in rtt.main
     config = rtt.parse(argv)
+    if config.resume:
+        raise rtt.BadInput("--resume: there is nothing to resume")
     config.relevance = "evidence"
     train_tasks, eval_tasks = rtt.load_both(config.data, config.rubrics, False)
     out = rtt.open_run(config)
     models = rtt.load_models(train_tasks + eval_tasks, config)
     row, example = first_that_teaches(models, train_tasks, config)
     group = rtt.credit(models, config, *example)
-    rtt.append(out / "metrics.jsonl", row)
-    rtt.append(out / "credit.jsonl", dict(step=row["step"]) | group)
+    rtt.write_rows(out / "metrics.jsonl", [row])
+    rtt.write_rows(out / "credit.jsonl", [dict(step=row["step"]) | group])
     rtt.write_page(out, config)
     torch.set_printoptions(precision=2, sci_mode=False, linewidth=110)
     explain(config, *example[:4], group)
@@ -89,6 +92,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except rtt.BadInput as error:
+    except (rtt.BadInput, OSError) as error:
         print(f"explain.py: {error}", file=sys.stderr)
         sys.exit(2)
