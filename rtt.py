@@ -1414,7 +1414,7 @@ def record(index, task, text, truncated, verdicts, known):
 def evaluate(policy, tasks, config, judge=None, discriminator=None):
     """Accuracy on held-out tasks, one response each, every time from the same random numbers.
 
-    Returns the records of all responses, and a dict of shares: of prompts with all rubrics satisfied
+    Returns a dict of shares, and the records of all responses. The shares: of prompts with all rubrics satisfied
     ("instruction"), of rubrics ("rubric", and each id), of responses "truncated"; with a discriminator also its
     "f1" and "auroc", on the first process's prompts.
     """
