@@ -387,10 +387,9 @@ def load_tasks(path_or_hub_id, split="train"):
 # In: P prompts as token ids.  Out: G responses to each, N = P*G rows, with the log-probability of every
 # sampled token.  Temperature is the only knob: a hidden top-k or repetition penalty would make the
 # distribution that is sampled differ from the one that is scored, and every ratio wrong from the start.
-# `token_logprobs` scores the same tokens again, with gradients.  A prompt is computed once for its
-# group: all of it but the last token, whose output predicts the first of the response, goes into a cache,
-# which is then repeated for the group's rows.  (Not so
-# in training with gradient checkpointing, which allows no cache.)
+# `token_logprobs` scores the same tokens again, with gradients.  A prompt is computed once for its group: all of
+# it but the last token, whose output predicts the first of the response, goes into a cache, which is then
+# repeated for the group's rows.  (Not so in training with gradient checkpointing, which allows no cache.)
 # ==================================================================================================
 
 

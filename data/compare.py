@@ -2,7 +2,7 @@
 """Compare configurations of rtt.py over several seeds: start the runs, read what they wrote, print a table.
 
     python data/compare.py base,alpha=0,loss=gspo+updates=4 --seeds 5 --out runs/mine --steps 250 --rubrics 5
-    python data/compare.py --table data/results/partition.jsonl
+    python data/compare.py --table data/results/samples.jsonl [alpha=0,partition=intra] [--page curves.html]
 
 Commas separate configurations, a plus sign the options of one; "base" changes nothing; STUDIES names lists.
 All other flags are rtt.py's and hold for all runs. A run is a process with one thread: on the CPU as many at a
@@ -191,12 +191,16 @@ def cells(name, runs, first):
     ]
 
 
+def name_of(run):
+    """The configuration of a run: the name of its folder without the seed."""
+    return run["config"]["out"].rpartition("+seed=")[0]
+
+
 def configurations(runs):
     """{name: its runs}, in the order in which they come."""
     groups = {}
     for run in runs:
-        name = run["config"]["out"].rpartition("+seed=")[0]
-        groups.setdefault(name, []).append(run)
+        groups.setdefault(name_of(run), []).append(run)
     return groups
 
 
@@ -264,13 +268,15 @@ def main(argv=None):
     parser.add_argument("--first-seed", type=int, default=0, help="the others follow it (0)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (runs/compare)")
     parser.add_argument("--device", default="cpu", help="where they run (cpu)")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of a results.jsonl")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print a results.jsonl, or these lines of it")
     parser.add_argument("--page", type=Path, metavar="FILE", help="with --table: also draw its curves there")
     args, flags = parser.parse_known_args(argv)
     if args.table:
-        print(table(read_lines(args.table)))
+        wanted = (args.study or "").split(",")
+        runs = [run for run in read_lines(args.table) if not args.study or name_of(run) in wanted]
+        print(table(runs))
         if args.page:
-            write_page(read_lines(args.table), args.page)
+            write_page(runs, args.page)
     elif args.study:
         compare(args, [*flags, f"--device={args.device}"])
     else:
