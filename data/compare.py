@@ -175,20 +175,17 @@ def halves(curve):
 
 def cells(name, runs, first):
     """A line of the table. `first` are the runs of the first configuration, paired with these by seed."""
-    gains = [run["instruction"] - other["instruction"] for run, other in zip(runs, first)]
+    line = [name]
+    for half in (0, 1):
+        levels = [halves(run["curve"])[half] for run in runs]
+        gains = [level - halves(other["curve"])[half] for level, other in zip(levels, first)]
+        line.append("{:.1f} ± {:.1f}".format(*interval(levels)))
+        line.append("{:+.1f} ± {:.1f}".format(*interval(gains)))
+    for key in ("instruction", "rubric"):
+        line.append("{:.1f} ± {:.1f}".format(*interval(column(runs, key))))
     steps = [run["goal"] for run in runs if run["goal"] is not None]
-    early = [halves(run["curve"])[0] for run in runs]
-    late = [halves(run["curve"])[1] for run in runs]
-    return [
-        name,
-        "{:.1f} ± {:.1f}".format(*interval(early)),
-        "{:.1f} ± {:.1f}".format(*interval(late)),
-        "{:.1f} ± {:.1f}".format(*interval(column(runs, "instruction"))),
-        "{:+.1f} ± {:.1f}".format(*interval(gains)),
-        "{:.1f} ± {:.1f}".format(*interval(column(runs, "rubric"))),
-        f"{fmean(steps):.0f} ({len(steps)}/{len(runs)})" if steps else "never",
-        *[f"{fmean(column(runs, key)):.2f}" for key in MEANS],
-    ]
+    line.append(f"{fmean(steps):.0f} ({len(steps)}/{len(runs)})" if steps else "never")
+    return line + [f"{fmean(column(runs, key)):.2f}" for key in MEANS]
 
 
 def name_of(run):
@@ -208,11 +205,12 @@ def table(runs):
     """The table of a study, a line a configuration."""
     groups = configurations(runs)
     first = next(iter(groups.values()))
-    lines = [["configuration", "early %", "late %", "instruction %", "to the first", "rubric %", f"step of {GOAL:.0%}", *MEANS]]
+    heads = ["early %", "to the first", "late %", "to the first", "instruction %", "rubric %", f"step of {GOAL:.0%}"]
+    lines = [["configuration", *heads, *MEANS]]
     for name, group in groups.items():
         lines.append(cells(name, group, first))
     width = max(len(line[0]) for line in lines)
-    layout = f"{{:<{width}}}" + "{:>15}" * 6 + "{:>10}" * len(MEANS)
+    layout = f"{{:<{width}}}" + "{:>15}" * len(heads) + "{:>10}" * len(MEANS)
     return "\n".join(layout.format(*line) for line in lines)
 
 
@@ -272,8 +270,9 @@ def main(argv=None):
     parser.add_argument("--page", type=Path, metavar="FILE", help="with --table: also draw its curves there")
     args, flags = parser.parse_known_args(argv)
     if args.table:
-        wanted = (args.study or "").split(",")
-        runs = [run for run in read_lines(args.table) if not args.study or name_of(run) in wanted]
+        runs = read_lines(args.table)
+        if args.study:
+            runs = [run for name in args.study.split(",") for run in runs if name_of(run) == name]
         print(table(runs))
         if args.page:
             write_page(runs, args.page)
