@@ -542,8 +542,7 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
     truncated = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
     truncated[alive] = True
     T = t + 1
-    kept = (ids[:, :T], mask[:, :T], logprobs[:, :T], entropy[:, :T], truncated)
-    return Rollout(prompt_ids, prompt_mask, *kept)
+    return Rollout(prompt_ids, prompt_mask, ids[:, :T], mask[:, :T], logprobs[:, :T], entropy[:, :T], truncated)
 
 
 def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
@@ -1192,8 +1191,9 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
                 logprobs = token_logprobs(model, ids, attention, T, config.temperature, shared)  # [n, T]
             if number == 0 and config.dtype != "float32":  # the policy has not changed yet
                 old_logprobs[rows, :T] = logprobs.detach()
-            tensors = (logprobs, old_logprobs[rows, :T], advantages[rows, :T], mask)
-            loss, stats = policy_loss(*tensors, G, config.loss, config.clip, denominator)
+            old = old_logprobs[rows, :T]
+            advantage = advantages[rows, :T]
+            loss, stats = policy_loss(logprobs, old, advantage, mask, G, config.loss, config.clip, denominator)
             if reference is not None:
                 with torch.no_grad(), precision(config.device, config.dtype):
                     reference_logprobs = token_logprobs(reference, ids, attention, T, config.temperature, G)
@@ -1240,9 +1240,17 @@ def step_tasks(tasks, step, config):
 def roll_out(policy, tasks, group_size, seeds, config):
     """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
     prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
-    limits = (group_size, config.max_new_tokens, config.temperature)
     with precision(config.device, config.dtype):
-        return sample(policy.model, prompts, *limits, policy.end_ids, policy.end_ids[0], seeds)
+        return sample(
+            policy.model,
+            prompts,
+            group_size,
+            config.max_new_tokens,
+            config.temperature,
+            end_ids=policy.end_ids,
+            pad_id=policy.end_ids[0],
+            seeds=seeds,
+        )
 
 
 def criteria_of(tasks, verdicts):
@@ -1325,11 +1333,11 @@ def train_step(models, tasks, seeds, config):
         _, verdicts, evidence, known = grade(policy.tokenizer, rollout, tasks, models.judge)
         rewards = response_reward(verdicts, config.reward)  # [N, K] -> [N]
     with timed(seconds, "seconds_relevance"):
-        graded = (verdicts, evidence, known)
-        relevance, quality = token_relevance(models.discriminator, tasks, rollout, *graded, config)
+        relevance, quality = token_relevance(
+            models.discriminator, tasks, rollout, verdicts, evidence, known, config
+        )  # [N, K, T]
     with timed(seconds, "seconds_update"):
-        scores = (rewards, verdicts, relevance)
-        advantages, token_share = batch_advantages(*scores, rollout.mask, config)  # [N, T]
+        advantages, token_share = batch_advantages(rewards, verdicts, relevance, rollout.mask, config)
         stats = update(policy.model, models.optimizer, rollout, advantages, config, models.reference)
     tokens = int(rollout.mask.sum())
     grouped = rewards.view(-1, config.group_size)  # [P, G]
