@@ -1653,12 +1653,14 @@ def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, tokenizer,
             assert group["spans"][i] == [list(span) for span in spans]
         ratio = torch.tensor(group["ratio"])
         inside = (ratio >= 0.8) & (ratio <= 1.2)
+        response_ratios = [geometric_mean(row[:n]) for row, n in zip(group["ratio"], mask.sum(1).tolist())]
         for partition in PARTITIONS:
             part = group["partitions"][partition]
             token_adv = rtt.token_advantage(verdicts[:G, :K], relevance, mask, partition)
             advantage = rtt.combine_advantages(A, token_adv, mask)
             assert_close(torch.tensor(part["advantage"]), advantage)
             assert_close(torch.tensor(part["coef"]["grpo-mask"]), advantage * ratio * inside)
+            assert_close(torch.tensor(part["coef"]["dfpo-min"]), advantage * min(response_ratios))  # no group clip
             residual = rtt.cancellation_residual(torch.tensor(part["coef"]["gspo"]), rollout.ids[:G], mask)
             assert part["residual"]["gspo"] == pytest.approx(residual, abs=1e-3)
 
@@ -1807,6 +1809,15 @@ def test_the_tables_of_the_committed_results_are_in_their_text(capsys):
 def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds(tmp_path):
     assert compare.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
     assert compare.halves([(0, 0.1), (50, 0.2), (100, 0.4), (150, 0.6), (200, 0.8)]) == pytest.approx((30, 70))
+    levels = dict(instruction=50.0, rubric=80.0, goal=None, entropy=1.0, residual=0.0, seconds=1.0)
+    early_and_late = ([0.1, 0.2, 0.4], [0.1, 0.3, 0.7])
+    one, other = [levels | dict(curve=list(zip([0, 50, 100], curve))) for curve in early_and_late]
+    assert compare.cells("other", [other, other], [one, one])[1:5] == [
+        "30.0 ± 0.0",
+        "+10.0 ± 0.0",
+        "70.0 ± 0.0",
+        "+30.0 ± 0.0",
+    ]
     first = dict(config=dict(out="base+seed=0"), curve=[[0, 0.1], [5, 0.3]])
     second = dict(config=dict(out="base+seed=1"), curve=[[0, 0.1], [5, 0.5]])
     compare.write_page([first, second], tmp_path / "curves.html")
