@@ -1465,9 +1465,6 @@ def table(before, after):
     return "\n".join(lines)
 
 
-CURVES = ("eval_instruction", "eval_rubric", "reward", "entropy", "residual", "token_share")
-
-
 def write_rows(path, rows, mode="w"):
     """Write a file of JSON lines; mode "a": add to it."""
     with open(path, mode, encoding="utf-8") as file:
@@ -1545,14 +1542,9 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
 
 def write_page(out, config):
     """credit.html in the run's folder: data/credit.html with the numbers of credit.jsonl and metrics.jsonl."""
-    curves = defaultdict(list)
-    for row in read_rows(out / "metrics.jsonl"):
-        for name in CURVES:
-            if name in row:
-                curves[name].append([row["step"], row[name], None])
     setting = {name: getattr(config, name) for name in ("partition", "loss", "alpha", "reward", "relevance")}
     groups = read_rows(out / "credit.jsonl")
-    data = dict(title=out.name, setting=setting, groups=groups, curves={"this run": curves})
+    data = dict(title=out.name, setting=setting, groups=groups, metrics=read_rows(out / "metrics.jsonl"))
     page = (DATA / "credit.html").read_text(encoding="utf-8")
     text = json.dumps(data, ensure_ascii=False).replace("<", r"\u003c")  # no text can end the script
     (out / "credit.html").write_text(page.replace('"DATA"', text, 1), encoding="utf-8")
