@@ -457,9 +457,13 @@ def encode_prompt(tokenizer, prompt):
 def left_padded(rows, pad_id, device):
     """Lists of token ids -> ids [P, L], mask [P, L]."""
     width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+    ids = []
+    mask = []
+    for row in rows:
+        gap = width - len(row)
+        ids.append([pad_id] * gap + row)
+        mask.append([0] * gap + [1] * len(row))
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def positions(attention_mask):
@@ -695,9 +699,9 @@ def judge_yes(judge, questions, batch=64):
         ids, mask = left_padded(rows, 0, judge.model.device)
         options = dict(attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1)
         logits = judge.model(ids, **options).logits[:, -1].float()  # [m, V]
-        # what can begin both says nothing
-        odds = logits[:, list(yes - no)].logsumexp(1) - logits[:, list(no - yes)].logsumexp(1)
-        sure.append(odds.sigmoid().cpu())
+        yes_logits = logits[:, list(yes - no)]  # what can begin both says nothing
+        no_logits = logits[:, list(no - yes)]
+        sure.append((yes_logits.logsumexp(1) - no_logits.logsumexp(1)).sigmoid().cpu())
     return torch.cat(sure)
 
 
@@ -822,11 +826,12 @@ class RelevanceDiscriminator(torch.nn.Module):
         lengths = mask.sum(1).tolist()
         pairs = sorted(pairs, key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
         for start in range(0, len(pairs), size):
-            i, k = zip(*pairs[start : start + size])
-            i = list(i)
-            k = list(k)
+            part = pairs[start : start + size]
+            i = [response for response, _ in part]
+            k = [rubric for _, rubric in part]
             T = lengths[i[-1]]
-            yield i, k, T, self([criteria[a][b] for a, b in zip(i, k)], ids[i, :T], mask[i, :T])
+            texts = [criteria[response][rubric] for response, rubric in part]
+            yield i, k, T, self(texts, ids[i, :T], mask[i, :T])
 
     @torch.no_grad()
     def predict(self, criteria, ids, mask, wanted, batch=64):
@@ -875,7 +880,8 @@ def f1_and_auroc(relevance, evidence):
     """
     positive = evidence > 0.5
     predicted = relevance > 0.5
-    f1 = 2 * (positive & predicted).sum() / (positive.sum() + predicted.sum()).clamp(min=1)
+    right = (positive & predicted).sum()
+    f1 = 2 * right / (positive.sum() + predicted.sum()).clamp(min=1)
     hits = relevance[positive]
     misses = relevance[~positive].sort().values
     if len(hits) == 0 or len(misses) == 0:
@@ -1080,7 +1086,8 @@ def k3(log_p, log_q):
 
 def masked_mean(x, mask):
     """Mean of x [N, T] over the tokens of each response: [N, 1]."""
-    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    count = mask.sum(1, keepdim=True).clamp(min=1)
+    return (x * mask).sum(1, keepdim=True) / count
 
 
 def loss_denominator(mask, loss):
@@ -1166,7 +1173,8 @@ def micro_batches(rollout, group_size, groups):
         T = int(longest[part].max())
         L = int(prompt_mask[rows].sum(1).max())
         ids = torch.cat([prompt_ids[rows, -L:], rollout.ids[rows, :T]], 1)
-        yield rows, ids, torch.cat([prompt_mask[rows, -L:], rollout.mask[rows, :T]], 1), T
+        attention = torch.cat([prompt_mask[rows, -L:], rollout.mask[rows, :T]], 1)
+        yield rows, ids, attention, T
 
 
 def update(model, optimizer, rollout, advantages, config, reference=None):
@@ -1341,13 +1349,14 @@ def train_step(models, tasks, seeds, config):
         stats = update(policy.model, models.optimizer, rollout, advantages, config, models.reference)
     tokens = int(rollout.mask.sum())
     grouped = rewards.view(-1, config.group_size)  # [P, G]
+    equal = (grouped == grouped[:, :1]).all(1)  # [P] groups without a response level
     row = dict(
         reward=float(rewards.mean()),
         instruction=float(response_reward(verdicts, "aon").mean()),
         rubric=float(response_reward(verdicts.view(-1), "csr")),
         entropy=float(rollout.entropy.sum() / tokens),  # in nats a token
         truncated=float(rollout.truncated.float().mean()),
-        zero_variance=float((grouped == grouped[:, :1]).all(1).float().mean()),  # groups of equal rewards
+        zero_variance=float(equal.float().mean()),
         token_share=token_share,
         tokens=tokens,
         seconds=sum(seconds.values()),
