@@ -1807,6 +1807,7 @@ def test_the_tables_of_the_committed_results_are_in_their_text(capsys):
 
 
 def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds(tmp_path):
+    assert compare.flags_of("base+alpha=0+clip=1~inf") == ["--alpha", "0", "--clip", "1", "inf"]
     assert compare.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
     assert compare.halves([(0, 0.1), (50, 0.2), (100, 0.4), (150, 0.6), (200, 0.8)]) == pytest.approx((30, 70))
     levels = dict(instruction=50.0, rubric=80.0, goal=None, entropy=1.0, residual=0.0, seconds=1.0)

@@ -4,7 +4,8 @@
     python data/compare.py base,alpha=0,loss=gspo+updates=4 --seeds 5 --out runs/mine --steps 250 --rubrics 5
     python data/compare.py --table data/results/samples.jsonl [alpha=0,partition=intra] [--page curves.html]
 
-Commas separate configurations, a plus sign the options of one; "base" changes nothing; STUDIES names lists.
+Commas separate configurations, plus signs the options of one, a tilde the numbers of an option (clip=1~inf); "base"
+changes nothing; STUDIES names lists.
 All other flags are rtt.py's and hold for all runs. A run is a process with one thread: on the CPU as many at a
 time as cores, on another --device one. The same command again keeps finished runs and resumes broken ones.
 """
@@ -51,9 +52,8 @@ STUDIES = {  # plain GRPO comes first: differences are to the first
     "partition": "alpha=0,partition=intra,partition=intra+alpha=0.25,partition=intra+alpha=1,"
     "partition=inter,partition=rubric,partition=verdict,partition=contested,partition=cross",
     "exchange": grid(
-        "alpha=0+loss partition=verdict+loss",
-        "grpo+updates=4 grpo-fix+updates=4 gspo+updates=4 "
-        "dfpo-min+updates=4 dfpo-orth+updates=4 grpo-mask+updates=4",
+        "updates=4+alpha=0+loss",
+        "grpo grpo-mask gspo grpo-fix dfpo-min dfpo-orth grpo-fix+clip=1~inf dfpo-min+clip=1~inf dfpo-orth+clip=1~inf",
     ),
     "relevance": "alpha=0,"
     + grid("partition=intra+relevance partition=verdict+relevance", "evidence discriminator shuffled")
@@ -77,6 +77,16 @@ def keep_flags(flags, out):
         stop(f"{out}: holds runs with other settings ({before}); name another --out")
     out.mkdir(parents=True, exist_ok=True)
     kept.write_text(shlex.join(flags))
+
+
+def flags_of(name):
+    """The flags of a configuration: "alpha=0+clip=1~inf" is --alpha 0 --clip 1 inf."""
+    flags = []
+    for option in name.split("+"):
+        if option != "base":
+            setting, _, value = option.partition("=")
+            flags += [f"--{setting}", *value.split("~")]
+    return flags
 
 
 def run(folder, flags):
@@ -242,9 +252,8 @@ def compare(args, flags):
     jobs = {}
     for seed in range(args.first_seed, args.first_seed + args.seeds):  # a study cut short has whole seeds
         for name in STUDIES.get(args.study, args.study).split(","):
-            options = [f"--{option}" for option in name.split("+") if option != "base"]
             folder = args.out / f"{name}+seed={seed}".replace("/", "_")
-            jobs[folder] = [*flags, *options, f"--seed={seed}", f"--out={folder}"]
+            jobs[folder] = [*flags, *flags_of(name), f"--seed={seed}", f"--out={folder}"]
     try:
         run_all(jobs, os.cpu_count() if args.device == "cpu" else 1)
     except KeyboardInterrupt:
