@@ -6,6 +6,7 @@ Models are made here, tiny and with random weights; the tokenizer is that of dat
 A test whose name begins with test_trap holds a mistake that was found in a real code base.
 """
 
+import builtins
 import io
 import json
 import math
@@ -14,6 +15,7 @@ import random
 import re
 import shutil
 import subprocess
+import symtable
 import sys
 from pathlib import Path
 from statistics import fmean, geometric_mean, pstdev
@@ -1797,6 +1799,25 @@ def test_the_snippets_of_the_readme_run_and_say_what_is_so(capsys):
     assert "tensor(-0.4000)" in capsys.readouterr().out
     exclaim = rtt.VERIFIERS.pop("mine:exclaim")
     assert exclaim("Hi! You!", 2) == (True, [(2, 3), (7, 8)])
+
+
+def globals_of(table):
+    """The names outside of a function or class that it needs, builtins aside."""
+    names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+    return names.union(*map(globals_of, table.get_children())) - set(dir(builtins))
+
+
+def test_each_piece_to_lift_is_named_with_all_that_it_needs():
+    source = (HERE / "rtt.py").read_text(encoding="utf-8")
+    pieces = {table.get_name(): globals_of(table) for table in symtable.symtable(source, "", "exec").get_children()}
+    section = (HERE / "README.md").read_text(encoding="utf-8").partition("## Lift a piece")[2]
+    lines = section.partition("\n\n`verify`")[0].split("\n- ")[1:]
+    assert len(lines) == 5
+    for line in lines:
+        named = {name.split()[-1].split(".")[-1] for name in re.findall("`(.*?)`", line)} | {"torch"}
+        given = named - pieces.keys() if line.startswith("Alone") else named
+        for name in named & pieces.keys():
+            assert pieces[name] <= given, name
 
 
 def test_the_tables_of_the_committed_results_are_in_their_text(capsys):
