@@ -35,8 +35,8 @@ def grid(options, values):
 
 
 SAMPLES = [
-    "alpha=0",
     "alpha=0+reward=csr",
+    "alpha=0",
     "partition=intra",
     "partition=intra+reward=csr",
     "partition=contested+alpha=1+reward=csr+relevance=discriminator",
