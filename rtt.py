@@ -371,7 +371,9 @@ def load_tasks(path_or_hub_id, split="train"):
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
             tasks.append(make_task(row))
-        except (BadInput, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except BadInput as error:
+            raise BadInput(f"{path}:{number}: {error}") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path}:{number}: not a JSON object of this schema: {error}") from None
         ignored |= row.keys() - {"prompt", "instruction_id_list", "kwargs", "rubrics", "key"}
     if not tasks:
@@ -499,8 +501,8 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
 
     prompts: P lists of token ids. end_ids: tokens that end a response. seeds: one integer a prompt, whose
     samples depend on it and on nothing else in the batch. Rows that have ended leave the batch.
-    Leaves the model in evaluation mode. Raises ValueError for a temperature not above 0
-    and for other than one seed a prompt, and FloatingPointError where the model's probabilities are not numbers.
+    Leaves the model in evaluation mode. Raises ValueError for a temperature not above 0 and for other than one
+    seed a prompt, and FloatingPointError where the model's probabilities are not numbers.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
@@ -1587,7 +1589,8 @@ def load_checkpoint(out, models):
     for path in (out / "metrics.jsonl", out / "credit.jsonl"):
         if RANK == 0 and path.is_file():
             rows = [row for row in read_rows(path) if row["step"] <= done]  # later steps are done again
-            write_rows(path, rows)
+            write_rows(out / "rows.new", rows)
+            os.replace(out / "rows.new", path)  # a full disk must not cost what is there
     return done
 
 
@@ -1690,8 +1693,8 @@ def turn_end(tokenizer):
     Not always the tokenizer's end token: base models of Qwen have <|endoftext|>, their template <|im_end|>.
     """
     if tokenizer.chat_template:
-        _, _, after = render(tokenizer, "question", "~answer~").rpartition("~answer~")
-        for token in token_ids(tokenizer, after):
+        _, found, after = render(tokenizer, "question", "~answer~").rpartition("~answer~")
+        for token in token_ids(tokenizer, after if found else ""):
             if token in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[token].special:
                 return token
     return None

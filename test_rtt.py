@@ -538,6 +538,8 @@ def test_trap_9_samples_of_a_prompt_do_not_depend_on_the_rest_of_the_batch(make_
         assert not batch.mask[rows, n:].any()
         assert_close(alone.logprobs, batch.logprobs[rows, :n])
     assert len(batch.ids.unique(dim=0)) > 8  # and differ within a group
+    with pytest.raises(ValueError, match="as many seeds"):
+        roll(model, seeds=range(12))  # one a prompt, not one a response
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 512])
@@ -587,6 +589,8 @@ def test_trap_15_a_turn_ends_where_the_chat_template_ends_it_though_eos_is_anoth
         (path / name).write_text(json.dumps(values | end))
     policy = load(path).policy
     assert policy.tokenizer.decode(policy.end_ids) == "<|endoftext|><|im_end|>"
+    policy.tokenizer.chat_template = "<|im_start|>{{ messages[0].content }}"  # without the answer
+    assert rtt.turn_end(policy.tokenizer) is None
 
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -1000,6 +1004,9 @@ def test_trap_2_float_relevance_in_an_integer_tensor_is_cut_to_0(partition):
     assert advantage.dtype == torch.float32
     assert advantage.abs().max() > 0.05
     assert torch.equal(advantage, rtt.token_advantage(verdicts.float(), relevance, mask.float(), partition))
+    marks = relevance > 0.5
+    from_marks = rtt.token_advantage(verdicts, marks, mask, partition)
+    assert torch.equal(from_marks, rtt.token_advantage(verdicts, marks.float(), mask, partition))
 
 
 def test_trap_3_the_noise_of_a_relevance_that_sees_nothing_is_not_blown_up_to_unit_size():
@@ -1043,6 +1050,7 @@ def test_adv_orthogonal_weights_cancel_and_move_no_more_than_they_must():
         size = sum(a * a for a in adv[i])
         assert_close(new[i], w[i] - dot / size * adv[i])
     assert rtt.adv_orthogonal(w, torch.zeros(5, 8)).equal(w)
+    assert rtt.adv_orthogonal(w.half(), torch.zeros(5, 8).half()).equal(w.half().float())
 
 
 def slow_residual(coef, ids, mask):
