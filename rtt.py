@@ -389,8 +389,8 @@ def load_tasks(path_or_hub_id, split="train"):
 # In: P prompts as token ids.  Out: G responses to each, N = P*G rows, with the log-probability of every
 # sampled token.  Temperature is the only knob: a hidden top-k or repetition penalty would make the
 # distribution that is sampled differ from the one that is scored, and every ratio wrong from the start.
-# `token_logprobs` scores the same tokens again, with gradients.  A prompt is computed once for its group: all of
-# it but the last token, whose output predicts the first of the response, goes into a cache, which is then
+# `token_logprobs` scores the same tokens again, with gradients.  A prompt is computed once for its group: all
+# of it but the last token, whose output predicts the first of the response, goes into a cache, which is then
 # repeated for the group's rows.  (Not so in training with gradient checkpointing, which allows no cache.)
 # ==================================================================================================
 
@@ -501,8 +501,8 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
 
     prompts: P lists of token ids. end_ids: tokens that end a response. seeds: one integer a prompt, whose
     samples depend on it and on nothing else in the batch. Rows that have ended leave the batch.
-    Leaves the model in evaluation mode. Raises ValueError for a temperature not above 0 and for other than one
-    seed a prompt, and FloatingPointError where the model's probabilities are not numbers.
+    Leaves the model in evaluation mode. Raises ValueError for a temperature not above 0 and for other than
+    one seed a prompt, and FloatingPointError where the model's probabilities are not numbers.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
@@ -547,8 +547,8 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
         raise FloatingPointError("the model's probabilities are not numbers: NaN or infinite weights")
     truncated = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
     truncated[alive] = True
-    T = t + 1
-    return Rollout(prompt_ids, prompt_mask, ids[:, :T], mask[:, :T], logprobs[:, :T], entropy[:, :T], truncated)
+    sampled = [tensor[:, : t + 1] for tensor in (ids, mask, logprobs, entropy)]  # [N, T] each
+    return Rollout(prompt_ids, prompt_mask, *sampled, truncated)
 
 
 def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
@@ -630,7 +630,7 @@ def token_spans(tokenizer, responses):
     """Lists of token ids -> texts, and for each token the span [start, end) of characters that it writes.
 
     Nothing is encoded again. A character that is spread over several tokens (byte-level BPE, emoji, Chinese)
-    is written by each of them: a token "a" and two that share one emoji have the spans (0, 1), (1, 2), (1, 2).
+    is written by each of them: "a" and two tokens that share one emoji have the spans (0, 1), (1, 2), (1, 2).
     """
     anchor = token_ids(tokenizer, "a")[-1:]
 
@@ -710,9 +710,9 @@ def judge_yes(judge, questions, batch=64):
 def grade(tokenizer, rollout, tasks, judge=None):
     """Verdicts on every response of a rollout, for every rubric of its prompt.
 
-    Returns texts (N strings), verdicts [N, K] in {+1, -1, 0}, evidence [N, K, T] in {0, 1}, and known [N, K]:
-    False where there is no such rubric, or the judge (a Policy, needed where no rule decides) gave the verdict,
-    without evidence.
+    judge: a Policy, needed where no rule decides. Returns texts (N strings), verdicts [N, K] in {+1, -1, 0},
+    evidence [N, K, T] in {0, 1}, and known [N, K]: False where there is no evidence, for there is no such
+    rubric, or the judge gave the verdict.
     """
     N, T = rollout.ids.shape
     G = N // len(tasks)
@@ -930,9 +930,9 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool=
     """Token-level advantage [G, T] of one group: token rewards, normalised over a partition of them (RTT).
 
     verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T]. No gradient.
-    partition: see the branches; the default is RTT's, that of the command line is "verdict". pool: "mean" over
-    a response's rubrics, or "sum" (RTT's release has both), in which rubrics that have nothing to do with a
-    token do not make its push smaller. Raises ValueError for another partition or pool.
+    partition: see the branches; the default is RTT's, that of the command line is "verdict". pool: "mean"
+    over a response's rubrics, or "sum" (RTT's release has both), in which rubrics that have nothing to do
+    with a token do not make its push smaller. Raises ValueError for another partition or pool.
 
     One rubric, satisfied by the first response for its third token, violated by the second for its second
     (verdicts [[1], [-1]], relevance [[[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps near 0):
@@ -991,14 +991,14 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 # Any group objective has the gradient sum_i sum_t c[i, t] * grad log pi(y[i, t]), with the effective
 # coefficient c = advantage * weight.  A token that all responses share in the same context has the same
 # gradient in all of them: it moves by sum_i c[i, t].  Sharing it made no response better than another, so
-# the sum should be 0.  A group's response-level advantages sum to 0.  Multiplied by weights that differ between
-# the responses they do not, unless the weights are first made equal or orthogonal to the advantages.
+# the sum should be 0.  A group's response-level advantages sum to 0.  Multiplied by weights that differ
+# between the responses they do not, unless the weights are first made equal or orthogonal to the advantages.
 # What is left over is the learning tax: the policy drifts, and no response is the better for it.
 # TGC's word for the condition is exchangeable: it must not matter in which response a shared token stands.
 #
-# What breaks it: PPO's one-sided clip, which lets a token go in some responses and not in others, by the signs
-# of their advantages ("grpo"); one ratio for a whole response, and the division by its length |y|, even on
-# policy ("gspo").  A ratio of each token is harmless: the same token after the same text has one ratio.
+# What breaks it: PPO's one-sided clip, which lets a token go in some responses and not in others, by the
+# signs of their advantages ("grpo"); one ratio for a whole response, and the division by its length |y|,
+# even on policy ("gspo").  A ratio of each token is harmless: the same token after the same text has one.
 #
 # A token channel must sum to 0 by itself.  Of the partitions of section 5 "verdict" and "cross" do, where a
 # shared token has the same relevance in all responses; a learned relevance comes near to that.
@@ -1134,7 +1134,7 @@ def policy_loss(
     elif loss == "gspo":  # the response's ratio, PPO's clip, mean of token means (GSPO-token)
         objective, weight = clipped_objective(ratio, advantages, low, high)
         scale = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
-    elif loss == "grpo-mask":  # a clip on both sides, whatever the advantage's sign (IcePop, arXiv:2510.18855)
+    elif loss == "grpo-mask":  # a clip for both signs of the advantage (IcePop, arXiv:2510.18855)
         weight = fixed * inside
     elif loss == "grpo-fix":  # TGC: the clip changes the weight alone, whatever the advantage's sign
         weight = fixed.clamp(0.8, 1.2)
@@ -1144,7 +1144,7 @@ def policy_loss(
         mean_advantage = masked_mean(advantages, mask).view(-1, group_size)  # [P, G]
         weight = adv_orthogonal(response_ratio, mean_advantage).reshape(-1, 1).expand_as(ratio)
     if loss in TGC:
-        # group clip (ours): where one ratio is outside, all of the group is let go: shared tokens still cancel
+        # group clip (ours): one ratio outside lets all of the group go, so shared tokens still cancel
         group_inside = inside.view(-1, group_size * mask.shape[1]).all(1)  # [P]
         weight = weight * group_inside.repeat_interleave(group_size)[:, None]
     if loss not in ("grpo", "gspo"):
@@ -1184,7 +1184,8 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
 
     The denominator is that of the whole update, so the gradient does not depend on how many micro-batches or
     processes there are. The old log-probabilities are the sampler's: no pass is spent on them. Below float32
-    the sampler rounds otherwise, so they are the first update's own, and its ratios are 1. reference: for --kl.
+    the sampler rounds otherwise, so they are the first update's own, and its ratios are 1.
+    reference: the model that --kl holds on to.
     """
     training_mode(model)
     G = config.group_size
@@ -1203,7 +1204,8 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
                 old_logprobs[rows, :T] = logprobs.detach()
             old = old_logprobs[rows, :T]
             advantage = advantages[rows, :T]
-            loss, stats = policy_loss(logprobs, old, advantage, mask, G, config.loss, config.clip, denominator)
+            method = (config.loss, config.clip, denominator)
+            loss, stats = policy_loss(logprobs, old, advantage, mask, G, *method)
             if reference is not None:
                 with torch.no_grad(), precision(config.device, config.dtype):
                     reference_logprobs = token_logprobs(reference, ids, attention, T, config.temperature, G)
@@ -1414,8 +1416,8 @@ def train(models, train_tasks, eval_tasks, out, config, done=0):
 # ==================================================================================================
 # 9. Measuring, showing, saving
 #
-# In: what the loop has made.  Out: accuracies on held-out prompts, with every response and its evidence; a page
-# that shows which token is paid for what; checkpoints.
+# In: what the loop has made.  Out: accuracies on held-out prompts, with every response and its evidence; a
+# page that shows which token is paid for what; checkpoints.
 # ==================================================================================================
 
 
@@ -1432,9 +1434,9 @@ def record(index, task, text, truncated, verdicts, known):
 def evaluate(policy, tasks, config, judge=None, discriminator=None):
     """Accuracy on held-out tasks, one response each, every time from the same random numbers.
 
-    Returns a dict of shares, and the records of all responses. The shares: of prompts with all rubrics satisfied
-    ("instruction"), of rubrics ("rubric", and each id), of responses "truncated"; with a discriminator also its
-    "f1" and "auroc", on the first process's prompts.
+    Returns a dict of shares, and the records of all responses. The shares: of prompts with all rubrics
+    satisfied ("instruction"), of rubrics ("rubric", and each id), of responses "truncated"; with a
+    discriminator also its "f1" and "auroc", on the first process's prompts.
     """
     records = []
     scored = []
@@ -1448,7 +1450,8 @@ def evaluate(policy, tasks, config, judge=None, discriminator=None):
         truncated = rollout.truncated.tolist()
         records += map(record, seeds, part, texts, truncated, verdicts.tolist(), known.tolist())
         if discriminator:
-            relevance = discriminator.predict(criteria_of(part, verdicts), rollout.ids, rollout.mask, verdicts)
+            criteria = criteria_of(part, verdicts)
+            relevance = discriminator.predict(criteria, rollout.ids, rollout.mask, verdicts)
             scored.append(scored_tokens(relevance, evidence, known, rollout.mask))
     records = sum(gather(records), [])
     records.sort(key=lambda each: each["index"])
@@ -1495,11 +1498,11 @@ def rounded(tensor):
 
 
 def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
-    """The first group of a step in numbers, for every partition and loss: a dict, as data/credit.html reads it.
+    """The first group of a step in numbers, for every partition and loss: a dict, for data/credit.html.
 
-    The ratios are those of the policy as it is now, after the step's update, to the sampler. The run's own loss
-    has the run's clip, the others their default, but TGC's their own form: the group clip would hide how they
-    cancel.
+    The ratios are those of the policy as it is now, after the step's update, to the sampler. The run's own
+    loss has the run's clip, the others their default, but TGC's their own form: the group clip would hide
+    how they cancel.
     """
     policy = models.policy
     G = config.group_size
@@ -1552,7 +1555,7 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
 
 
 def write_page(out, config):
-    """credit.html in the run's folder: data/credit.html with the numbers of credit.jsonl and metrics.jsonl."""
+    """data/credit.html in the run's folder, with the numbers of credit.jsonl and metrics.jsonl."""
     setting = {name: getattr(config, name) for name in ("partition", "loss", "alpha", "reward", "relevance")}
     groups = read_rows(out / "credit.jsonl")
     data = dict(title=out.name, setting=setting, groups=groups, metrics=read_rows(out / "metrics.jsonl"))
