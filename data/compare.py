@@ -4,10 +4,10 @@
     python data/compare.py base,alpha=0,loss=gspo+updates=4 --seeds 5 --out runs/mine --steps 250 --rubrics 5
     python data/compare.py --table data/results/samples.jsonl [alpha=0,partition=intra] [--page curves.html]
 
-Commas separate configurations, plus signs the options of one, a tilde the numbers of an option (clip=1~inf); "base"
-changes nothing; STUDIES names lists.
-All other flags are rtt.py's and hold for all runs. A run is a process with one thread: on the CPU as many at a
-time as cores, on another --device one. The same command again keeps finished runs and resumes broken ones.
+Commas separate configurations, plus signs the options of one, a tilde the numbers of an option (clip=1~inf);
+"base" changes nothing; STUDIES names lists. All other flags are rtt.py's and hold for all runs.
+A run is a process with one thread: on the CPU as many at a time as cores, on another --device one. The same
+command again keeps finished runs and resumes broken ones.
 """
 
 import argparse
@@ -47,20 +47,15 @@ SAMPLES = [
     "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=shuffled",
     "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=uniform",
 ]
-STUDIES = {  # plain GRPO comes first: differences are to the first
+STUDIES = {  # differences are to the first
     "rtt": "alpha=0,alpha=0+reward=csr,partition=intra,partition=intra+reward=csr,partition=verdict",
-    "partition": "alpha=0,partition=intra,partition=intra+alpha=0.25,partition=intra+alpha=1,"
-    "partition=inter,partition=rubric,partition=verdict,partition=contested,partition=cross",
-    "exchange": grid(
-        "updates=4+alpha=0+loss",
-        "grpo grpo-mask gspo grpo-fix dfpo-min dfpo-orth grpo-fix+clip=1~inf dfpo-min+clip=1~inf dfpo-orth+clip=1~inf",
-    ),
-    "relevance": "alpha=0,"
-    + grid("partition=intra+relevance partition=verdict+relevance", "evidence discriminator shuffled")
-    + ",partition=verdict+relevance=uniform",
     "samples": ",".join(SAMPLES),
     "samples-rates": grid(" ".join(f"{name}+lr" for name in SAMPLES), "3e-5 1e-4 3e-4"),
-    "lr": grid("alpha=0+lr partition=intra+lr partition=verdict+lr", "1e-4 3e-4 1e-3"),
+    "responses": ",".join([SAMPLES[0], *SAMPLES[8:10]]),
+    "exchange": grid(
+        "updates=4+alpha=0+loss", "grpo gspo dfpo-min dfpo-orth dfpo-min+clip=1~inf dfpo-orth+clip=1~inf"
+    ),
+    "exchange-clip": grid("loss=dfpo-min+clip loss=dfpo-orth+clip", "0.02~0.02 0.05~0.05 0.1~0.1"),
 }
 
 
@@ -133,7 +128,7 @@ def step_of_goal(curve):
 
 
 def thinned(rows, name):
-    """A column of metrics as [[step, mean of ten steps], ...]; nulls are left out, None where nothing is left."""
+    """A column of metrics as [[step, mean of ten steps], ...] without nulls; None where nothing is left."""
     points = []
     for start in range(0, len(rows), 10):
         values = [row[name] for row in rows[start : start + 10] if row.get(name) is not None]
@@ -215,7 +210,8 @@ def table(runs):
     """The table of a study, a line a configuration."""
     groups = configurations(runs)
     first = next(iter(groups.values()))
-    heads = ["early %", "to the first", "late %", "to the first", "instruction %", "rubric %", f"step of {GOAL:.0%}"]
+    heads = ["early %", "to the first", "late %", "to the first", "instruction %", "rubric %"]
+    heads.append(f"step of {GOAL:.0%}")
     lines = [["configuration", *heads, *MEANS]]
     for name, group in groups.items():
         lines.append(cells(name, group, first))
@@ -275,7 +271,7 @@ def main(argv=None):
     parser.add_argument("--first-seed", type=int, default=0, help="the others follow it (0)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (runs/compare)")
     parser.add_argument("--device", default="cpu", help="where they run (cpu)")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="only print a results.jsonl, or these lines of it")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print a results.jsonl, or lines of it")
     parser.add_argument("--page", type=Path, metavar="FILE", help="with --table: also draw its curves there")
     args, flags = parser.parse_known_args(argv)
     if args.table:

@@ -3,8 +3,9 @@
 
     python data/explain.py --partition intra --reward csr
 
-Flags are rtt.py's. The step is the first, of up to ten, in whose first group the rewards differ; the relevance is
-the rules' evidence, for the discriminator has learned nothing yet. The run's folder gets the same as credit.html.
+Flags are rtt.py's. The step is the first, of up to ten, in whose first group the rewards differ; the relevance
+is the rules' evidence, for the discriminator has learned nothing yet. The run's folder gets the same as
+credit.html.
 """
 
 import sys
@@ -40,7 +41,7 @@ def explain(config, task, rollout, verdicts, relevance, group):
     print(f"1. A prompt and its K = {K} rubrics\n   {task.prompt}")
     for rubric in task.rubrics:
         print(f"   - {rubric.criterion}")
-    print(f"\n2. ids [N, T] = {list(rollout.ids.shape)}; G = {G} rows answer this prompt. The first, token by token")
+    print(f"\n2. ids [N, T] = {list(rollout.ids.shape)}; G = {G} rows answer this prompt; the first's tokens")
     print(f"   {characters}\n   ids {ids[0, :n].tolist()}")
     R = rtt.response_reward(s, config.reward)
     print(f"\n3. verdicts s [G, K]\n{s}\n   rewards R [G], {config.reward}: {R}")
@@ -57,11 +58,12 @@ def explain(config, task, rollout, verdicts, relevance, group):
     log_ratio = torch.tensor(group["ratio"]).log() * mask
     ratio = (log_ratio.sum(1) / mask.sum(1)).exp()
     print(f"\n6. After the update, each response's ratio [G] (the geometric mean of its tokens'): {ratio}")
-    weights = dict(ratio=ratio, min_replace=rtt.min_replace(ratio), adv_orthogonal=rtt.adv_orthogonal(ratio, A))
+    weights = dict(ratio=ratio, min_replace=rtt.min_replace(ratio))
+    weights["adv_orthogonal"] = rtt.adv_orthogonal(ratio, A)
     for name, weight in weights.items():
         print(f"   {name:<14} sum of A * weight, 0 if shared tokens cancel: {float((A * weight).sum()):+.5f}")
     part = group["partitions"][config.partition]
-    print(f"\n7. Coefficients c = advantage * weight [G, T] of a next update, loss {config.loss}; the first response's")
+    print(f"\n7. Coefficients c = advantage * weight [G, T] of a next update, loss {config.loss}; the first's")
     print(torch.tensor(part["coef"][config.loss][0][:n]))
     print("   What of them does not cancel over the group (the residual, 0 to 1), loss by loss")
     for loss, residual in part["residual"].items():
