@@ -7,7 +7,6 @@ A test whose name begins with test_trap holds a mistake that was found in a real
 """
 
 import builtins
-import io
 import json
 import math
 import os
@@ -132,9 +131,7 @@ def flat_gradient(value, model):
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-# ==================================================================================================
-# 1. Rubrics
-# ==================================================================================================
+# ======== 1. Rubrics =============================================================================
 
 # For each id and its arguments, responses that satisfy ("+") or violate it ("-"), their evidence in
 # brackets. An empty bracket at the end is the evidence of the end token. \n is a new line.
@@ -145,9 +142,6 @@ keywords:existence {"keywords": ["lamp", "key"]}
 keywords:forbidden_words {"forbidden_words": ["dog", "élan"]}
 + A hotdog and a doghouse.
 - The ⟦Dog⟧'s ⟦dog⟧-house, 😀 ⟦Élan⟧
-keywords:frequency {"keyword": "ow", "frequency": 2, "relation": "at least"}
-+ The c⟦ow⟧, the ⟦OW⟧l.
-- The cow.
 keywords:frequency {"keyword": "ow", "frequency": 2, "relation": "less than"}
 + The cow.
 - The cow, the ⟦ow⟧l, n⟦ow⟧.
@@ -163,8 +157,7 @@ language:response_language {"language": "ja"}
 + ⟦東⟧⟦京⟧⟦へ⟧
 - 东京
 length_constraints:number_sentences {"num_sentences": 2, "relation": "at least"}
-+ One⟦.⟧ Two⟦!?⟧
-+ "One⟦.⟧" Two⟦...⟧
++ "One⟦.⟧" Two⟦!?⟧
 + One⟦.⟧ Two⟦⟧
 - In 3.50 no more of rtt.py⟦⟧
 length_constraints:number_sentences {"num_sentences": 2, "relation": "less than"}
@@ -228,9 +221,6 @@ startend:quotation {}
 change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "at least"}
 + ⟦X⟧-⟦RAY⟧ at (⟦NASA⟧), Pa3
 - x-ray 123 NASA Aa 灯
-change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "less than"}
-+ NASA
-- A ⟦B⟧,⟦C⟧
 change_case:english_capital {}
 + ALL LARGE, 灯 😀 İ
 - A⟦l⟧⟦ß⟧ ⟦ǅ⟧ B
@@ -285,12 +275,6 @@ def test_verdict_and_evidence(rubric, text, verdict):
     assert rtt.verify(rubric, text) == verdict
 
 
-@pytest.mark.parametrize("text", ["", " \n\t"])
-def test_an_empty_response_satisfies_nothing_and_the_end_token_is_to_blame(text):
-    for rubric, _, _ in CASES:
-        assert rtt.verify(rubric, text) == (False, [(len(text), len(text))])
-
-
 # Pieces that verifiers stumble over, and what they look for.
 PIECES = [
     *("lamp ", "KEY", "Dog", "ow", "The End.", "a", "Z", ",", "Mr. ", "! ", "...", '"', "p. s.", "P.P.S"),
@@ -298,6 +282,8 @@ PIECES = [
     *("***", "******", "*", "\n\n", "x", "[", "]", "[a]", "SECTION 1", "3", "'s ", "{", "}", "[1]", "\0"),
     *("```json\n", "```", "My answer is no.", 'Say "hi".', "東", "へ", "привет ", "नमस्ते "),
 ]
+
+
 @pytest.mark.parametrize("rubric, example, _", CASES)
 def test_fuzzed_evidence_lies_in_the_text_and_removing_it_ends_a_satisfied_verdict(rubric, example, _):
     rng = random.Random(0)
@@ -342,14 +328,6 @@ def write_rows(path, *rows):
     return path
 
 
-def make_task(tmp_path, *rules, criteria=(), prompt="p"):
-    """The Task of these (rubric id, kwargs) and criteria in words, as a data file gives it."""
-    row = dict(prompt=prompt, rubrics=list(criteria))
-    row["instruction_id_list"] = [rubric_id for rubric_id, _ in rules]
-    row["kwargs"] = [kwargs for _, kwargs in rules]
-    return rtt.load_tasks(write_rows(tmp_path / "task.jsonl", row))[0]
-
-
 def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path, capsys):
     row = dict(
         key=1,
@@ -372,17 +350,6 @@ def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path
         rtt.verify(kind, "Hi.")
 
 
-def refused(capsys, *argv):
-    """The one line that main prints before it leaves with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        rtt.main([str(arg) for arg in argv])
-    err = capsys.readouterr().err.strip()
-    assert exit.value.code == 2
-    assert err.startswith("rtt.py: ") and "\n" not in err
-    return err
-
-
 BAD_ROWS = {
     "not a JSON object": "{",
     "'prompt'": dict(ROW, prompt=" "),
@@ -394,16 +361,15 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("reason", BAD_ROWS)
-def test_a_bad_row_is_one_line_that_names_file_and_line(reason, tmp_path, capsys, monkeypatch):
+def test_a_bad_row_is_named_by_file_and_line(reason, tmp_path):
     bad = BAD_ROWS[reason]
-    path = write_rows(tmp_path / "train.jsonl", ROW)
-    with path.open("a") as file:
-        file.write(bad if isinstance(bad, str) else json.dumps(bad))
-    write_rows(tmp_path / "eval.jsonl", ROW)
-    monkeypatch.setattr(rtt, "load_models", None)  # no model is loaded
-    said = refused(capsys, "--data", tmp_path, "--out", tmp_path / "run")
-    assert f"{path}:2: " in said
-    assert reason in said
+    line = bad if isinstance(bad, str) else json.dumps(bad)
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(ROW)}\n{line}")
+    with pytest.raises(rtt.BadInput) as error:
+        rtt.load_tasks(path)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert reason in str(error.value)
 
 
 def test_a_name_that_is_no_file_is_asked_of_the_hub(monkeypatch):
@@ -427,9 +393,7 @@ def test_trap_13_no_code_of_a_data_file_runs(tmp_path):
     assert not re.search(r"(?<![.\w])(eval|exec)\(|trust_remote_code=True|import pickle", source)
 
 
-# ==================================================================================================
-# 2. Rollouts
-# ==================================================================================================
+# ======== 2. Rollouts ============================================================================
 
 PROMPTS = [[5, 6], [7, 8, 9, 10, 11, 12, 13], [14]]
 
@@ -499,14 +463,8 @@ def test_sampled_tokens_follow_the_softmax_at_that_temperature():
     p = plain_distributions(model, [5, 6], [0], 2.0)[0].exp()
     deviation = (p * (1 - p) / G).sqrt()
     assert ((first.bincount(minlength=23) / G - p).abs() < 4 * deviation + 1e-4).all()
-
-
-def test_draw_gives_each_token_its_share_of_the_unit_interval():
-    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
-    uniform = (torch.arange(1000) + 0.5) / 1000
-    tokens = rtt.draw(p.log().expand(1000, -1), uniform)
-    assert tokens.bincount(minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
-    assert rtt.draw(p.log()[None], torch.zeros(1)) == 1  # not token 0, which has no share
+    half = torch.tensor([[0.0, 0.5, 0.5]])
+    assert rtt.draw(half.log(), torch.zeros(1)) == 1  # not token 0, which has no share
 
 
 @pytest.mark.parametrize("pad", [0, END])
@@ -542,17 +500,12 @@ def test_trap_9_samples_of_a_prompt_do_not_depend_on_the_rest_of_the_batch(make_
         roll(model, seeds=range(12))  # one a prompt, not one a response
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 512])
-def test_chosen_logprobs_is_log_softmax_at_the_target(chunk):
-    logits = (4 * torch.randn(7, 11)).requires_grad_()
+def test_chosen_logprobs_is_log_softmax_at_the_target_however_many_rows_are_taken_at_a_time():
+    logits = 4 * torch.randn(7, 11)
     targets = torch.randint(11, (7,))
-    push = torch.randn(7)
-    chosen = rtt.chosen_logprobs(logits, targets, 0.7, chunk)
-    plain = (logits / 0.7).log_softmax(1)[range(7), targets]
-    assert_close(chosen, plain)
-    [gradient] = torch.autograd.grad((chosen * push).sum(), logits)
-    [expected] = torch.autograd.grad((plain * push).sum(), logits)
-    assert_close(gradient, expected)
+    expected = (logits / 0.7).log_softmax(1)[range(7), targets]
+    for chunk in (1, 3, 512):
+        assert_close(rtt.chosen_logprobs(logits, targets, 0.7, chunk), expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -569,25 +522,29 @@ def coder(folder):
     return coder
 
 
-@pytest.mark.parametrize("prompt", ["Tell a story.", " Tell 😀\n", "\nA <tag> [INST] & |>"])
-def test_a_prompt_goes_through_the_chat_template_and_bos_never_comes_twice(prompt, coder):
-    text = f"<|im_start|>[INST] {prompt.strip()} [/INST]"
-    assert rtt.encode_prompt(coder, prompt) == coder(text, add_special_tokens=False).input_ids
-    coder.chat_template = None
-    assert rtt.encode_prompt(coder, prompt) == coder(prompt).input_ids
+SPELLED = ["Tell<|im_end|> me<|im_end|>", "<|im_start|>user", " <|im_end|>\n"]
 
 
-def test_trap_15_a_turn_ends_where_the_chat_template_ends_it_though_eos_is_another(tmp_path):
-    path = shutil.copytree(HERE / "data" / "tiny", tmp_path / "base")
-    other_ends = {
-        "config.json": dict(eos_token_id=0),
-        "generation_config.json": dict(eos_token_id=0),
-        "tokenizer_config.json": dict(eos_token="<|endoftext|>"),
-    }
-    for name, end in other_ends.items():
-        values = json.loads((path / name).read_text())
-        (path / name).write_text(json.dumps(values | end))
-    policy = load(path).policy
+@pytest.mark.parametrize("prompt", [" Tell 😀\n", "\nA <tag> [INST] & |>", *SPELLED])
+@pytest.mark.parametrize("templated", [True, False])
+def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(prompt, templated, coder):
+    written = f"<|im_start|>[INST] {prompt.strip()} [/INST]"
+    if not templated:
+        coder.chat_template = None
+        written = f"<|im_start|>{prompt}"
+    ids = rtt.encode_prompt(coder, prompt)
+    assert coder.decode(ids) == written
+    assert ids[0] == coder.convert_tokens_to_ids("<|im_start|>")
+    assert not set(ids[1:]) & set(coder.all_special_ids)  # only the first is special, and it comes once
+    if prompt not in SPELLED:
+        assert ids == coder(written, add_special_tokens=False).input_ids  # as a whole
+
+
+def test_trap_15_a_turn_ends_where_the_chat_template_ends_it_though_eos_is_another(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(tmp_path)
+    qwen(len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path)
+    policy = load(tmp_path).policy
     assert policy.tokenizer.decode(policy.end_ids) == "<|endoftext|><|im_end|>"
     policy.tokenizer.chat_template = "<|im_start|>{{ messages[0].content }}"  # without the answer
     assert rtt.turn_end(policy.tokenizer) is None
@@ -606,22 +563,7 @@ def test_trap_16_thinking_is_switched_off_by_the_template_or_closed(template, fo
     assert tokenizer.decode(ids).endswith("assistant\n<think>\n\n</think>\n\n")
 
 
-@pytest.mark.parametrize("spelled", ["Tell<|im_end|> me<|im_end|>", "<|im_start|>user", " <|im_end|>\n"])
-@pytest.mark.parametrize("templated", [True, False])
-def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(spelled, templated, coder):
-    written = f"<|im_start|>[INST] {spelled.strip()} [/INST]"
-    if not templated:
-        coder.chat_template = None
-        written = f"<|im_start|>{spelled}"
-    ids = rtt.encode_prompt(coder, spelled)
-    assert coder.decode(ids) == written
-    assert ids[0] == coder.convert_tokens_to_ids("<|im_start|>")
-    assert not set(ids[1:]) & set(coder.all_special_ids)  # only the first is special
-
-
-# ==================================================================================================
-# 3. Reward: characters to tokens, the judge, verdicts
-# ==================================================================================================
+# ======== 3. Reward: characters to tokens, the judge, verdicts ===================================
 
 
 def byte_tokens(tokenizer, text, rng):
@@ -665,34 +607,20 @@ def test_token_spans_of_a_response_that_was_cut_in_a_character(tokenizer):
     assert rtt.token_spans(tokenizer, [ids]) == (["a\ufffd"], [[(0, 1), (1, 2), (1, 2)]])
 
 
-def sentencepiece():
-    """A tokenizer as LLaMA's: a space is ▁ and is dropped before a text, unknown characters are bytes."""
-    single_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces = ["<unk>", *single_bytes, "▁", "a"]
+def test_token_spans_of_a_sentencepiece_tokenizer():
+    """As LLaMA's: a space is ▁ and is dropped before a text, unknown characters are bytes."""
+    pieces = ["<unk>", "▁", "a"]
+    for byte in range(256):
+        pieces.append(f"<0x{byte:02X}>")
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-def test_token_spans_of_a_sentencepiece_tokenizer():
-    llama = sentencepiece()
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend)
     text = " a灯"
     spans = [(0, 1), (1, 2), *[(2, 3)] * 3]  # 灯 is three bytes
     assert rtt.token_spans(llama, [llama(text).input_ids]) == ([text], [spans])
-
-
-def test_trap_10_evidence_reaches_every_token_of_a_split_character_and_no_other(tokenizer):
-    ids = byte_tokens(tokenizer, "灯a", random.Random(1))
-    split = len(ids) - 1  # tokens of the first character
-    _, [tokens] = rtt.token_spans(tokenizer, [ids])
-    assert split > 1
-    assert rtt.evidence_to_tokens([(0, 1)], tokens) == [1.0] * split + [0.0]
-    assert rtt.evidence_to_tokens([(1, 2)], tokens) == [0.0] * split + [1.0]
-    assert rtt.evidence_to_tokens([], tokens) == [0.0] * len(ids)
-    assert rtt.evidence_to_tokens([(2, 2)], [(0, 2), (2, 3)]) == [0.0, 1.0]  # the end token
 
 
 def slow_yes(judge, ids):
@@ -746,25 +674,28 @@ def rollout_of(tokenizer, responses, ended):
     return rtt.Rollout(None, None, ids, mask, None, None, ~torch.tensor(ended))
 
 
-def test_grade_marks_the_tokens_of_the_evidence_without_encoding_again(tokenizer, tmp_path):
+def test_trap_10_grade_marks_every_token_of_a_split_character_and_no_other_without_encoding_again(tokenizer):
     text = "😀 One, two."
-    ids = byte_tokens(tokenizer, text, random.Random(2))
-    words = ("length_constraints:number_words", dict(num_words=3, relation="at least"))
-    comma = ("punctuation:no_comma", {})
-    tasks = [make_task(tmp_path, comma, words), make_task(tmp_path, comma)]
-    rollout = rollout_of(tokenizer, [ids, ids], [True, False])
+    rng = random.Random(2)
+    lamp = byte_tokens(tokenizer, "😀", rng)
+    rest = byte_tokens(tokenizer, " One, two.", rng)
+    existence = rtt.Rubric("keywords:existence", dict(keywords=["😀"]), "")
+    words = rtt.Rubric("length_constraints:number_words", dict(num_words=3, relation="at least"), "")
+    tasks = [rtt.Task("p", [existence, words]), rtt.Task("q", [NO_COMMA])]
+    rollout = rollout_of(tokenizer, [lamp + rest, lamp + rest], [True, False])
     texts, verdicts, evidence, known = rtt.grade(tokenizer, rollout, tasks)
-    commas = ["," in tokenizer.decode([i]) for i in ids]
-    nothing = [False] * len(ids)
-    assert sum(commas) == 1
+    assert len(lamp) > 1
     assert texts == [text, text]
-    assert verdicts.tolist() == [[-1, -1], [-1, 0]]
+    assert verdicts.tolist() == [[1, -1], [-1, 0]]
     assert known.tolist() == [[True, True], [True, False]]
-    assert evidence[0].tolist() == [commas + [False], nothing + [True]]  # the end token: too few words
-    assert evidence[1].tolist() == [commas + [False], nothing + [False]]
+    at_lamp = [1] * len(lamp) + [0] * len(rest)
+    at_comma = ["," in tokenizer.decode([i]) for i in lamp + rest]
+    nowhere = [0] * len(at_comma)
+    assert evidence[0].tolist() == [at_lamp + [0], nowhere + [1]]  # the end token: too few words
+    assert evidence[1].tolist() == [at_comma + [0], nowhere + [0]]
 
 
-def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, tmp_path, monkeypatch):
+def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, monkeypatch):
     asked = []
 
     def judge_yes(judge, questions):
@@ -772,12 +703,9 @@ def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, tmp_path
         return torch.tensor([0.1, 0.9])
 
     monkeypatch.setattr(rtt, "judge_yes", judge_yes)
-    rules = [
-        ("punctuation:no_comma", {}),
-        ("language:response_language", dict(language="de")),  # its letters are those of other languages
-        ("language:response_language", dict(language="ko")),
-    ]
-    task = make_task(tmp_path, *rules, criteria=["is kind"], prompt="Tell.")
+    german = rtt.make_rubric("language:response_language", dict(language="de"))  # letters that others share
+    korean = rtt.make_rubric("language:response_language", dict(language="ko"))
+    task = rtt.Task("Tell.", [NO_COMMA, german, korean, rtt.Rubric(rtt.JUDGED, {}, "is kind")])
     ids = tokenizer("A lamp, a key.").input_ids
     rollout = rollout_of(tokenizer, [ids, []], [True, True])  # an empty response satisfies nothing
     texts, verdicts, evidence, known = rtt.grade(tokenizer, rollout, [task], "judge")
@@ -803,9 +731,7 @@ def test_response_reward_counts_only_rubrics_that_exist():
         rtt.response_reward(torch.tensor(rows) > 0)
 
 
-# ==================================================================================================
-# 4. Relevance
-# ==================================================================================================
+# ======== 4. Relevance ===========================================================================
 
 
 @pytest.fixture
@@ -877,9 +803,7 @@ def test_f1_and_auroc_against_a_loop_over_pairs_with_ties():
     assert auroc == pytest.approx(wins / 16)
 
 
-# ==================================================================================================
-# 5. Advantages
-# ==================================================================================================
+# ======== 5. Advantages ==========================================================================
 
 
 def normalize(values, eps):
@@ -961,16 +885,6 @@ def test_trap_6_partitions_against_loops_with_1_2_and_7_rubrics(partition, pool)
         assert_close(advantage, expected)
 
 
-def test_pool_sum_does_not_thin_out_the_one_rubric_that_a_token_is_relevant_to():
-    verdicts = torch.tensor([[1, 1, 1, 1], [-1, 1, 1, 1]])  # the group agrees on all but the first
-    relevance = torch.zeros(2, 4, 3)
-    relevance[:, 0, 1] = 1.0
-    summed = rtt.token_advantage(verdicts, relevance, torch.ones(2, 3), "verdict", pool="sum")
-    mean = rtt.token_advantage(verdicts, relevance, torch.ones(2, 3), "verdict")
-    assert_close(summed, torch.tensor([[0, 1, 0], [0, -1, 0]]) / 1.1)
-    assert_close(mean, summed / 4)
-
-
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_permuting_the_group_permutes_the_advantages(partition):
     verdicts, relevance, mask, _ = random_group()
@@ -1004,9 +918,6 @@ def test_trap_2_float_relevance_in_an_integer_tensor_is_cut_to_0(partition):
     assert advantage.dtype == torch.float32
     assert advantage.abs().max() > 0.05
     assert torch.equal(advantage, rtt.token_advantage(verdicts.float(), relevance, mask.float(), partition))
-    marks = relevance > 0.5
-    from_marks = rtt.token_advantage(verdicts, marks, mask, partition)
-    assert torch.equal(from_marks, rtt.token_advantage(verdicts, marks.float(), mask, partition))
 
 
 def test_trap_3_the_noise_of_a_relevance_that_sees_nothing_is_not_blown_up_to_unit_size():
@@ -1030,9 +941,7 @@ def test_combine_advantages(how, share):
     assert combined.tolist() == [[share * 2 + 0.25, share * 2 - 0.25], [-share, 0.0]]
 
 
-# ==================================================================================================
-# 6. Exchangeability
-# ==================================================================================================
+# ======== 6. Exchangeability =====================================================================
 
 
 def test_min_replace_gives_each_group_its_minimum():
@@ -1077,9 +986,7 @@ def test_cancellation_residual_against_a_loop():
         assert_close(rtt.cancellation_residual(coef, ids, mask), slow_residual(coef, ids, mask))
 
 
-# ==================================================================================================
-# 7. The update
-# ==================================================================================================
+# ======== 7. The update ==========================================================================
 
 
 def loss_case(spread=0.4):
@@ -1169,18 +1076,6 @@ def test_coef_is_the_table_of_the_losses_and_minus_the_gradient(loss, clip, toke
     assert_close(logprobs.grad, -expected / divisor)
 
 
-@pytest.mark.parametrize("loss", GROUP_CLIPPED)
-@pytest.mark.parametrize("ratio, inside", [(0.801, True), (0.799, False), (1.199, True), (1.201, False)])
-def test_one_ratio_outside_the_range_lets_go_of_its_whole_group_and_of_no_other(loss, ratio, inside):
-    log_ratio = torch.zeros(4, 3)  # two groups of two responses
-    log_ratio[0] = math.log(ratio)
-    advantages = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).expand(4, 3)
-    _, stats = rtt.policy_loss(log_ratio, torch.zeros(4, 3), advantages, torch.ones(4, 3), 2, loss, (0.2, 0.2))
-    assert stats["coef"][:2].any() == inside
-    assert stats["coef"][2:].all()
-    assert stats["clip_fraction"] == (0.0 if inside else 0.5)
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_may_hold_anything(loss):
     logprobs, old, advantages, mask = loss_case()
@@ -1218,12 +1113,8 @@ def test_trap_4_ppo_clip_is_one_sided_for_either_sign_of_the_advantage(loss, A, 
     logprob = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
     value_at(logprob).backward()
     slope = (value_at(logprob + h) - value_at(logprob - h)) / (2 * h)
-    expected = ppo_weight(ratio, A, 0.2, 0.2)
-    assert_close(slope, -A * expected, 1e-6)
+    assert_close(slope, -A * ppo_weight(ratio, A, 0.2, 0.2), 1e-6)
     assert_close(logprob.grad, slope.view(1, 1), 1e-6)
-    objective, weight = rtt.clipped_objective(torch.tensor(ratio), torch.tensor(A), 0.2, 0.2)
-    assert_close(objective, -value_at(logprob))
-    assert_close(weight, expected)
 
 
 def test_trap_5_k3_is_the_kl_on_average_and_never_negative():
@@ -1292,28 +1183,17 @@ def test_trap_12_update_follows_the_gradient_of_plain_forward_passes_in_micro_ba
 def test_trap_11_no_noise_of_training_reaches_the_ratio(checkpointing):
     """A mixture of experts with dropout, whose router adds noise in training mode."""
     noise = dict(router_jitter_noise=0.5, attention_dropout=0.5)
-    config = PhimoeConfig(vocab_size=23, num_hidden_layers=2, num_local_experts=4, **noise, **SIZES)
-    model = PhimoeForCausalLM(config).train()
+    sizes = PhimoeConfig(vocab_size=23, num_hidden_layers=2, num_local_experts=4, **noise, **SIZES)
+    model = PhimoeForCausalLM(sizes).train()
     if checkpointing:
         model.activation_checkpointing_enable()
     for updates in (1, 2):  # with the second the policy has left the sampler
         rollout = roll(model, temperature=1.3)
         model.train()
         push = torch.ones(rollout.mask.shape)
-        _, stats = gradient_of_update(
-            model, rollout, push, settings(updates=updates, gradient_checkpointing=checkpointing)
-        )
+        config = settings(updates=updates, gradient_checkpointing=checkpointing)
+        _, stats = gradient_of_update(model, rollout, push, config)
         assert (stats["approx_kl"] < 1e-9) == (updates == 1)
-
-
-def test_trap_8_the_end_token_is_trained():
-    model = qwen()
-    rollout = roll(model, temperature=1.3)
-    only_end = torch.zeros(rollout.mask.shape)
-    for token in (END, OTHER_END):
-        only_end[rollout.ids == token] = 1.0
-    gradient, _ = gradient_of_update(model, rollout, only_end * rollout.mask, settings())
-    assert gradient.norm() > 0.01
 
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])  # the penalty is a mean over tokens in both
@@ -1330,8 +1210,6 @@ def test_trap_5_the_kl_penalty_has_the_gradient_of_its_definition(loss):
     config = settings(kl=0.2, micro_batch=1, loss=loss)
     gradient, _ = gradient_of_update(model, rollout, 0 * advantages, config, reference)
     assert_close(gradient / expected.norm(), expected / expected.norm())
-
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1370,16 +1248,15 @@ def tax_on_shared_tokens(loss, advantages, shared_ratio=1.1, spread=0.5, clip=(0
     return float(sum(pushes).norm() / size)
 
 
-@pytest.mark.parametrize("shared_ratio", [0.5, 1.1, 2.0])
-@pytest.mark.parametrize("loss", GROUP_CLIPPED)
-def test_shared_tokens_cancel_under_the_papers_losses_off_policy(loss, shared_ratio):
-    assert tax_on_shared_tokens(loss, A, shared_ratio, clip=(1.0, math.inf)) < CANCELS
+NO_CLIP = (1.0, math.inf)
 
 
-@pytest.mark.parametrize("shared_ratio", [0.801, 1.199])
 @pytest.mark.parametrize("loss", GROUP_CLIPPED)
-def test_shared_tokens_cancel_with_the_group_clip_just_inside_its_range(loss, shared_ratio):
-    assert tax_on_shared_tokens(loss, A, shared_ratio, spread=0.02) < CANCELS
+def test_shared_tokens_cancel_under_the_papers_losses_off_policy_and_just_inside_the_group_clip(loss):
+    for shared_ratio in (0.5, 1.1, 2.0):
+        assert tax_on_shared_tokens(loss, A, shared_ratio, clip=NO_CLIP) < CANCELS
+    for shared_ratio in (0.801, 1.199):
+        assert tax_on_shared_tokens(loss, A, shared_ratio, spread=0.02) < CANCELS
 
 
 def test_shared_tokens_pay_under_gspo_because_each_response_has_its_own_weight():
@@ -1387,14 +1264,11 @@ def test_shared_tokens_pay_under_gspo_because_each_response_has_its_own_weight()
     assert tax_on_shared_tokens("gspo", A, shared_ratio=1.0, spread=0.0) > TAXED  # and its own length
 
 
-def test_shared_tokens_cancel_under_grpo_mask():
-    assert tax_on_shared_tokens("grpo-mask", A) < CANCELS
-
-
 def test_shared_tokens_pay_under_grpo_where_the_clip_takes_one_sign_only():
     assert tax_on_shared_tokens("grpo", A, shared_ratio=1.1) < CANCELS  # inside the range
     assert tax_on_shared_tokens("grpo", A, shared_ratio=0.5) > TAXED
     assert tax_on_shared_tokens("grpo", A, shared_ratio=2.0) > TAXED
+    assert tax_on_shared_tokens("grpo-mask", A) < CANCELS  # takes both
 
 
 @pytest.mark.parametrize("advantages, taxed", [(A, False), (A / LENGTHS, True)])
@@ -1415,15 +1289,13 @@ def token_channel(partition, verdicts):
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_only_verdict_and_cross_cancel_where_verdicts_do_not_balance(partition):
-    tax = tax_on_shared_tokens("dfpo-min", token_channel(partition, [1, 1, 1, -1]), clip=(1.0, math.inf))
+    tax = tax_on_shared_tokens("dfpo-min", token_channel(partition, [1, 1, 1, -1]), clip=NO_CLIP)
     assert tax < CANCELS if partition in ("verdict", "cross") else tax > TAXED
     agreeing = token_channel(partition, [1, 1, 1, 1])  # there is nothing to learn
     assert agreeing.any() == (partition in ("intra", "inter", "rubric"))
 
 
-# ==================================================================================================
-# 8. The loop: whole runs
-# ==================================================================================================
+# ======== 8. The loop: whole runs ================================================================
 
 
 @pytest.fixture(scope="session")
@@ -1481,7 +1353,7 @@ def test_a_step_is_the_opening_picture(relevance, folder, data, tmp_path, monkey
     updated = spy(monkeypatch, "update")
     criteria = []
 
-    def predict(self, texts, ids, mask, wanted, batch=64):
+    def predict(self, texts, ids, mask, wanted):
         criteria.extend(texts)
         return (ids % 7 / 7)[:, None].expand(*wanted.shape, -1)
 
@@ -1491,18 +1363,18 @@ def test_a_step_is_the_opening_picture(relevance, folder, data, tmp_path, monkey
     [((_, _, rollout, advantages, *_), _)] = updated
     [(_, verdicts, evidence, _)] = [result for args, result in graded if args[1] is rollout]
     credit = evidence if relevance == "evidence" else predict(None, [], rollout.ids, rollout.mask, verdicts)
-    push = []  # of each token, by the response level and by the token level
+    response_level = 0.0
+    token_level = 0.0
     for group in (slice(0, 4), slice(4, 8)):
         mask = rollout.mask[group]
         response = rtt.response_advantage(rtt.response_reward(verdicts[group], "csr"))
         token = rtt.token_advantage(verdicts[group], credit[group], mask, "verdict", pool="sum")
         assert_close(advantages[group], rtt.combine_advantages(response, token, mask, 0.3))
         for i, t in mask.nonzero().tolist():
-            push.append((abs(response[i]), 0.3 * abs(token[i, t])))
-    level = sum(response for response, _ in push)
-    share = sum(token for _, token in push) / level
+            response_level += abs(response[i])
+            token_level += abs(0.3 * token[i, t])
     assert advantages.any()
-    assert row["token_share"] == pytest.approx(float(share))
+    assert row["token_share"] == pytest.approx(float(token_level / response_level))
     for text in sum(criteria, []):
         assert text.startswith(("yes: ", "no: "))
 
@@ -1529,10 +1401,11 @@ def test_a_run_writes_down_what_it_did(finished):
     met = 0
     for record in records:
         met += all(rubric["satisfied"] for rubric in record["rubrics"])
-        for rubric in record["rubrics"]:
-            for start, end in rubric["evidence"]:
-                assert 0 <= start <= end <= len(record["response"])
     assert result["after"]["instruction"] == met / 5
+    outcome = compare.outcome(finished)
+    assert outcome["instruction"] == 100 * met / 5
+    assert outcome["residual"] == fmean(row["residual"] for row in rows)
+    assert [step for step, _ in outcome["curve"]] == [0, 2, 4]
     policy = load(finished / "policy").policy  # an ordinary folder
     assert policy.end_ids == [2]
 
@@ -1637,41 +1510,35 @@ def page_data(page):
     return json.loads(data[0])
 
 
-def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, tokenizer, data, tmp_path, monkeypatch):
+def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, data, tmp_path, monkeypatch):
     steps = spy(monkeypatch, "train_step")
     train(folder, data, tmp_path / "run", "--steps 3 --eval-every 2")
     page = page_data((tmp_path / "run" / "credit.html").read_text(encoding="utf-8"))
     assert [group["step"] for group in page["groups"]] == [1, 2, 3]
     assert page["metrics"] == read(tmp_path / "run" / "metrics.jsonl")
     for group, (_, (_, example)) in zip(page["groups"], steps):
-        task, rollout, verdicts, used, evidence, _ = example
+        task, rollout, verdicts, used, _, _ = example
         G = len(group["ids"])
         K = len(task.rubrics)
+        ids = rollout.ids[:G]
         mask = rollout.mask[:G]
-        A = rtt.response_advantage(rtt.response_reward(verdicts[:G]))
-        assert_close(torch.tensor(group["response_advantage"]), A)
-        assert_close(torch.tensor(group["evidence"]), evidence[:G, :K])
         relevance = torch.tensor(group["relevance"])
         for k in range(K):
             if len(set(verdicts[:G, k].tolist())) > 1:  # the step itself needed it
                 assert_close(relevance[:, k], used[:G, k])
-        for i in range(G):
-            ids = rollout.ids[i, : int(mask[i].sum())].tolist()
-            assert group["ids"][i] == ids
-            [text], [spans] = rtt.token_spans(tokenizer, [ids])
-            assert group["texts"][i] == text
-            assert group["spans"][i] == [list(span) for span in spans]
+        A = rtt.response_advantage(rtt.response_reward(verdicts[:G]))
         ratio = torch.tensor(group["ratio"])
         inside = (ratio >= 0.8) & (ratio <= 1.2)
-        response_ratios = [geometric_mean(row[:n]) for row, n in zip(group["ratio"], mask.sum(1).tolist())]
+        lengths = mask.sum(1).tolist()
+        smallest = min(geometric_mean(row[:n]) for row, n in zip(group["ratio"], lengths))
         for partition in PARTITIONS:
             part = group["partitions"][partition]
             token_adv = rtt.token_advantage(verdicts[:G, :K], relevance, mask, partition)
             advantage = rtt.combine_advantages(A, token_adv, mask)
             assert_close(torch.tensor(part["advantage"]), advantage)
             assert_close(torch.tensor(part["coef"]["grpo-mask"]), advantage * ratio * inside)
-            assert_close(torch.tensor(part["coef"]["dfpo-min"]), advantage * min(response_ratios))  # no group clip
-            residual = rtt.cancellation_residual(torch.tensor(part["coef"]["gspo"]), rollout.ids[:G], mask)
+            assert_close(torch.tensor(part["coef"]["dfpo-min"]), advantage * smallest)  # no group clip
+            residual = rtt.cancellation_residual(torch.tensor(part["coef"]["gspo"]), ids, mask)
             assert part["residual"]["gspo"] == pytest.approx(residual, abs=1e-3)
 
 
@@ -1708,19 +1575,29 @@ def test_the_embedded_settings_hold_only_without_another_model():
 # Bad input
 
 
-@pytest.mark.parametrize(
-    "flags, reason",
-    [
-        ("--steps 0", "--steps 0: must be above 0"),
-        ("--steps x", "invalid int value"),
-        ("--group-size 1", "at least 2"),
-        ("--clip 0.1", "two numbers"),
-        ("--data nowhere.jsonl", "nowhere.jsonl"),
-        ("--model no/such/model", "no/such/model"),
-    ],
-)
-def test_bad_flags_are_one_line(flags, reason, capsys, tmp_path):
-    assert reason in refused(capsys, "--out", tmp_path / "run", *flags.split())
+def refused(capsys, *argv):
+    """The one line that main prints before it leaves with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        rtt.main([str(arg) for arg in argv])
+    err = capsys.readouterr().err.strip()
+    assert exit.value.code == 2
+    assert err.startswith("rtt.py: ") and "\n" not in err
+    return err
+
+
+BAD_FLAGS = {
+    "--steps 0": "--steps 0: must be above 0",
+    "--group-size 1": "at least 2",
+    "--clip 0.1": "two numbers",
+    "--data nowhere.jsonl": "nowhere.jsonl",
+    "--model no/such/model": "no/such/model",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_are_one_line(flags, capsys, tmp_path):
+    assert BAD_FLAGS[flags] in refused(capsys, "--out", tmp_path / "run", *flags.split())
 
 
 def test_bad_resumes_are_one_line(finished, folder, data, capsys):
@@ -1734,50 +1611,22 @@ def test_bad_resumes_are_one_line(finished, folder, data, capsys):
         assert "lock" in refused(capsys, "--resume", finished)
 
 
-def test_a_message_that_the_terminal_cannot_show_is_shown_as_far_as_it_can(monkeypatch):
-    stream = io.BytesIO()
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(stream, encoding="latin-1", write_through=True))
-    with pytest.raises(SystemExit):
-        rtt.main(["--data", "灯.jsonl"])
-    assert b"?.jsonl" in stream.getvalue()
-
-
-def quantised(path):
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = dict(quant_method="awq", bits=4)
-    (path / "config.json").write_text(json.dumps(config))
-
-
-def not_a_number(path):
-    weights = load_file(path / "model.safetensors")
-    weights["model.norm.weight"][0] = math.nan
-    save_file(weights, path / "model.safetensors", metadata=dict(format="pt"))
-
-
-def without_template(path):
-    (path / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
-
-
-def recurrent(path):
-    shutil.rmtree(path)
-    AutoTokenizer.from_pretrained(HERE / "data" / "tiny").save_pretrained(path)
-    config = MambaConfig(vocab_size=1024, hidden_size=16, state_size=4, num_hidden_layers=1)
-    MambaForCausalLM(config).save_pretrained(path)
-
-
-@pytest.mark.parametrize(
-    "spoil, reason",
-    [
-        (quantised, "quantised"),
-        (not_a_number, "not numbers"),
-        (without_template, "its chat template fails"),
-        (recurrent, "other layers"),
-    ],
-)
-def test_a_model_of_no_use_is_one_line(spoil, reason, folder, data, capsys, tmp_path):
+def test_a_model_of_no_use_is_one_line(folder, data, capsys, tmp_path):
+    """Spoiled more and more: each time another check comes first."""
     bad = shutil.copytree(folder, tmp_path / "bad")
-    spoil(bad)
-    assert reason in refused(capsys, *small_run(bad, data, tmp_path / "run"))
+    command = small_run(bad, data, tmp_path / "run")
+    weights = load_file(bad / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, bad / "model.safetensors", metadata=dict(format="pt"))
+    assert "not numbers" in refused(capsys, *command)
+    (bad / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
+    assert "its chat template fails" in refused(capsys, *command)
+    config = MambaConfig(vocab_size=1024, hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(bad)
+    assert "other layers" in refused(capsys, *command)
+    config.quantization_config = dict(quant_method="awq", bits=4)
+    config.save_pretrained(bad)
+    assert "quantised" in refused(capsys, *command)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -1794,9 +1643,7 @@ def test_trap_18_cudnn_attention_is_off(capsys):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-# ==================================================================================================
-# README.md and data/compare.py
-# ==================================================================================================
+# ======== README.md and data/compare.py ==========================================================
 
 
 def test_the_snippets_of_the_readme_run_and_say_what_is_so(capsys):
@@ -1842,24 +1689,11 @@ def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds(tmp_path):
     levels = dict(instruction=50.0, rubric=80.0, goal=None, entropy=1.0, residual=0.0, seconds=1.0)
     early_and_late = ([0.1, 0.2, 0.4], [0.1, 0.3, 0.7])
     one, other = [levels | dict(curve=list(zip([0, 50, 100], curve))) for curve in early_and_late]
-    assert compare.cells("other", [other, other], [one, one])[1:5] == [
-        "30.0 ± 0.0",
-        "+10.0 ± 0.0",
-        "70.0 ± 0.0",
-        "+30.0 ± 0.0",
-    ]
+    row = compare.cells("other", [other, other], [one, one])
+    assert row[1:5] == ["30.0 ± 0.0", "+10.0 ± 0.0", "70.0 ± 0.0", "+30.0 ± 0.0"]
     first = dict(config=dict(out="base+seed=0"), curve=[[0, 0.1], [5, 0.3]])
     second = dict(config=dict(out="base+seed=1"), curve=[[0, 0.1], [5, 0.5]])
     compare.write_page([first, second], tmp_path / "curves.html")
     curve = page_data((tmp_path / "curves.html").read_text(encoding="utf-8"))["curves"]["base"]["eval_instruction"]
     assert curve[0] == [0, 0.1, 0]
     assert curve[1] == [5, 0.4, pytest.approx(12.71 * 0.1)]
-
-
-def test_the_outcome_of_a_run_is_what_its_folder_says(finished):
-    outcome = compare.outcome(finished)
-    rows = read(finished / "metrics.jsonl")
-    result = json.loads((finished / "result.json").read_text())
-    assert outcome["instruction"] == 100 * result["after"]["instruction"]
-    assert outcome["residual"] == fmean(row["residual"] for row in rows)
-    assert [step for step, _ in outcome["curve"]] == [0, 2, 4]
