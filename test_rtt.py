@@ -40,10 +40,7 @@ import compare
 import explain
 
 # test_trap_14: transformers moves; whatever will be gone in its next release is an error here.
-pytestmark = [
-    pytest.mark.filterwarnings("error::FutureWarning"),
-    pytest.mark.filterwarnings("error::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
 
 LOSSES = ["grpo", "grpo-mask", "gspo", "grpo-fix", "dfpo-min", "dfpo-orth"]
 GROUP_CLIPPED = ["grpo-fix", "dfpo-min", "dfpo-orth"]
@@ -120,10 +117,10 @@ def folder(tokenizer, tmp_path_factory):
     return path
 
 
-def load(folder, tasks=(rtt.Task("Tell.", []),), *flags):
+def load(folder):
     """The Models of a run."""
-    flags = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "64", *flags]
-    return rtt.load_models(list(tasks), rtt.parse(flags))
+    config = rtt.parse(["--model", str(folder), "--device", "cpu", "--max-new-tokens", "64"])
+    return rtt.load_models([rtt.Task("Tell.", [])], config)
 
 
 def flat_gradient(value, model):
@@ -266,8 +263,7 @@ CASES = read_table()
 def test_every_verifier_has_cases_of_both_verdicts():
     covered = {(rubric.id, verdict.satisfied) for rubric, _, verdict in CASES}
     for rubric_id in rtt.VERIFIERS:
-        assert (rubric_id, True) in covered
-        assert (rubric_id, False) in covered
+        assert {(rubric_id, True), (rubric_id, False)} <= covered
 
 
 @pytest.mark.parametrize("rubric, text, verdict", CASES)
@@ -320,12 +316,6 @@ def test_trap_16_a_thought_is_not_judged_and_evidence_counts_from_its_beginning(
 ROW = dict(prompt="Tell a story.", instruction_id_list=["punctuation:no_comma"], kwargs=[{}])
 
 
-def write_rows(path, *rows):
-    lines = [json.dumps(row) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
 def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path, capsys):
     row = dict(
         key=1,
@@ -335,7 +325,8 @@ def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path
         rubrics=["is kind"],
         ground_truth="{}",
     )
-    path = write_rows(tmp_path / "a.jsonl", row, row)
+    path = tmp_path / "a.jsonl"
+    rtt.write_rows(path, [row, row])
     tasks = rtt.load_tasks(path)
     words, no_comma, kind = tasks[1].rubrics
     arguments = dict(num_words=3, relation="at least")
@@ -371,19 +362,19 @@ def test_a_bad_row_is_named_by_file_and_line(reason, tmp_path):
 
 
 def test_a_name_that_is_no_file_is_asked_of_the_hub(monkeypatch):
-    import datasets
-
     def load_dataset(name, split):
         return [dict(ROW, prompt=f"{name} {split}")]
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert rtt.load_tasks("google/IFEval")[0].prompt == "google/IFEval train"
 
 
 def test_trap_13_no_code_of_a_data_file_runs(tmp_path):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
-    path = write_rows(tmp_path / "a.jsonl", dict(ROW, kwargs=[dict(func=code)], functions=[code]))
-    [rubric] = rtt.load_tasks(path)[0].rubrics
+    row = dict(ROW, kwargs=[dict(func=code)], functions=[code])
+    rtt.write_rows(tmp_path / "a.jsonl", [row])
+    [task] = rtt.load_tasks(tmp_path / "a.jsonl")
+    [rubric] = task.rubrics
     assert rubric == NO_COMMA
     assert not rtt.verify(rubric, code).satisfied
     assert not (tmp_path / "ran").exists()
@@ -400,13 +391,13 @@ def roll(model, prompts=PROMPTS, G=4, T=12, temperature=1.0, pad=0, seeds=(0, 1,
     return rtt.sample(model, prompts, G, T, temperature, (END, OTHER_END), pad, list(seeds))
 
 
-def responses_of(rollout, prompts=PROMPTS):
+def responses_of(rollout):
     """(prompt, response without padding) of each of the N rows."""
-    G = len(rollout.ids) // len(prompts)
+    G = len(rollout.ids) // len(PROMPTS)
     pairs = []
     for i, ids in enumerate(rollout.ids.tolist()):
         length = int(rollout.mask[i].sum())
-        pairs.append((prompts[i // G], ids[:length]))
+        pairs.append((PROMPTS[i // G], ids[:length]))
     return pairs
 
 
@@ -446,21 +437,16 @@ def test_trap_7_sampler_and_scorer_agree_with_a_plain_forward_pass(make_model, t
         assert_close(rollout.entropy[i, :n], -(logp.exp() * logp).sum(-1), 1e-4)
 
 
-def test_trap_7_sampling_ignores_the_generation_config():
-    model = qwen()
-    expected = roll(model).ids
-    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=9.0)
-    assert torch.equal(roll(model).ids, expected)
-
-
 @torch.no_grad()
-def test_sampled_tokens_follow_the_softmax_at_that_temperature():
+def test_trap_7_samples_follow_the_softmax_at_that_temperature_whatever_the_generation_config_says():
     model = qwen()
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=9.0)
     G = 20_000
-    first = roll(model, [[5, 6]], G, T=1, temperature=2.0, seeds=[0]).ids[:, 0]
+    rollout = roll(model, [[5, 6]], G, T=1, temperature=2.0, seeds=[0])
+    share = rollout.ids[:, 0].bincount(minlength=23) / G
     p = plain_distributions(model, [5, 6], [0], 2.0)[0].exp()
     deviation = (p * (1 - p) / G).sqrt()
-    assert ((first.bincount(minlength=23) / G - p).abs() < 4 * deviation + 1e-4).all()
+    assert ((share - p).abs() < 4 * deviation + 1e-4).all()
     half = torch.tensor([[0.0, 0.5, 0.5]])
     assert rtt.draw(half.log(), torch.zeros(1)) == 1  # not token 0, which has no share
 
@@ -508,23 +494,17 @@ def test_chosen_logprobs_is_log_softmax_at_the_target_however_many_rows_are_take
 
 # ---- Templates, thinking, special tokens
 
-
-@pytest.fixture
-def coder(folder):
-    """A tokenizer that begins every text with <|im_start|>, as does its template, which strips the prompt."""
-    coder = AutoTokenizer.from_pretrained(folder)
-    begin = ("<|im_start|>", 1)
-    coder.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [begin])
-    coder.chat_template = "<|im_start|>[INST] {{ messages[0].content | trim }} [/INST]"
-    return coder
-
-
 SPELLED = ["Tell<|im_end|> me<|im_end|>", "<|im_start|>user", " <|im_end|>\n"]
 
 
 @pytest.mark.parametrize("prompt", [" Tell 😀\n", "\nA <tag> [INST] & |>", *SPELLED])
 @pytest.mark.parametrize("templated", [True, False])
-def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(prompt, templated, coder):
+def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(prompt, templated, folder):
+    """The tokenizer begins every text with <|im_start|>, and so does its template, which strips the prompt."""
+    coder = AutoTokenizer.from_pretrained(folder)
+    begin = ("<|im_start|>", 1)
+    coder.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [begin])
+    coder.chat_template = "<|im_start|>[INST] {{ messages[0].content | trim }} [/INST]"
     written = f"<|im_start|>[INST] {prompt.strip()} [/INST]"
     if not templated:
         coder.chat_template = None
@@ -547,21 +527,18 @@ def test_trap_15_a_turn_ends_where_the_chat_template_ends_it_though_eos_is_anoth
     assert rtt.turn_end(policy.tokenizer) is None
 
 
-TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-OPEN = "{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"
-SWITCH = "{{ '<|im_start|>assistant\n<think>\n' + ('' if enable_thinking | default(true) else '\n</think>\n\n') }}"
-
-
-@pytest.mark.parametrize("template", [OPEN, SWITCH])
-def test_trap_16_thinking_is_switched_off_by_the_template_or_closed(template, folder):
+def test_trap_16_thinking_is_switched_off_by_the_template_or_closed(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TURNS + template
-    ids = rtt.encode_prompt(tokenizer, "Go.")
-    assert tokenizer.decode(ids).endswith("assistant\n<think>\n\n</think>\n\n")
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    opened = "{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"
+    switched = "<|im_start|>assistant\n<think>\n{{ '' if enable_thinking | default(true) else '\n</think>\n\n' }}"
+    for ending in (opened, switched):
+        tokenizer.chat_template = turns + ending
+        ids = rtt.encode_prompt(tokenizer, "Go.")
+        assert tokenizer.decode(ids).endswith("assistant\n<think>\n\n</think>\n\n")
 
 
 # ======== 3. Reward: characters to tokens, the judge, verdicts ===================================
-
 
 def byte_tokens(tokenizer, text, rng):
     """A tokenization of the text that its tokenizer would never choose, down to single bytes."""
@@ -594,12 +571,9 @@ def test_trap_10_token_spans_are_the_characters_whose_bytes_a_token_holds(tokeni
             expected.append((owner[start], owner[end - 1] + 1))
             start = end
         assert rtt.token_spans(tokenizer, [ids, []]) == ([text, ""], [expected, []])
-
-
-def test_token_spans_of_a_response_that_was_cut_in_a_character(tokenizer):
-    letters = tokenizer.tokenize("灯")
-    ids = tokenizer.convert_tokens_to_ids(["a", *"".join(letters)[:2]])
-    assert rtt.token_spans(tokenizer, [ids]) == (["a\ufffd"], [[(0, 1), (1, 2), (1, 2)]])
+    first, second, third = "".join(tokenizer.tokenize("灯"))
+    cut_off = tokenizer.convert_tokens_to_ids(["a", first, second])  # by the length limit
+    assert rtt.token_spans(tokenizer, [cut_off]) == (["a\ufffd"], [[(0, 1), (1, 2), (1, 2)]])
 
 
 def test_token_spans_of_a_sentencepiece_tokenizer():
@@ -717,7 +691,6 @@ def test_response_reward_counts_only_rubrics_that_exist():
 
 # ======== 4. Relevance ===========================================================================
 
-
 @pytest.fixture
 def discriminator(folder, tokenizer):
     torch.manual_seed(0)
@@ -725,29 +698,27 @@ def discriminator(folder, tokenizer):
     return rtt.RelevanceDiscriminator(base, tokenizer, 1e-2)
 
 
-def random_responses(N=6, T=9):
-    """ids and mask [N, T] of ragged random responses, token 77 here and there."""
-    ids = torch.randint(70, 80, (N, T))
-    lengths = torch.randint(1, T + 1, (N, 1))
-    return ids, (torch.arange(T) < lengths).long()
-
-
-CRITERIA = [["find it", "a", "b"], ["find it"], ["a much longer criterion, with more words", "find it"]] * 2
-EXIST = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]] * 2)  # [N, K] 1 where there is a criterion
+def random_responses():
+    """ids and mask [N, T] of ragged random responses."""
+    ids = torch.randint(70, 80, (6, 9))
+    lengths = torch.randint(1, 10, (6, 1))
+    return ids, (torch.arange(9) < lengths).long()
 
 
 def test_relevance_is_0_where_nothing_is_and_does_not_depend_on_the_batch(discriminator):
     ids, mask = random_responses()
-    together = discriminator.predict(CRITERIA, ids, mask, EXIST)
-    present = (EXIST[:, :, None] * mask[:, None, :]) > 0
+    criteria = [["find it", "a", "b"], ["find it"], ["a much longer criterion, with more words", "find it"]] * 2
+    exist = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]] * 2)  # [N, K] 1 where there is a criterion
+    together = discriminator.predict(criteria, ids, mask, exist)
+    present = exist[:, :, None] * mask[:, None, :] > 0
     assert (together[present] > 0).all()
     assert not together[~present].any()
-    assert_close(discriminator.predict(CRITERIA, ids, mask, EXIST, batch=2), together)
+    assert_close(discriminator.predict(criteria, ids, mask, exist, batch=2), together)
     garbage = torch.where(mask > 0, ids, 5)
-    assert_close(discriminator.predict(CRITERIA, garbage, mask, EXIST), together)
-    for i, k in EXIST.nonzero().tolist():
+    assert_close(discriminator.predict(criteria, garbage, mask, exist), together)
+    for i, k in exist.nonzero().tolist():
         n = int(mask[i].sum())
-        alone = discriminator([CRITERIA[i][k]], ids[i, None, :n], mask[i, None, :n])
+        alone = discriminator([criteria[i][k]], ids[i : i + 1, :n], mask[i : i + 1, :n])
         assert_close(alone[0].sigmoid(), together[i, k, :n])
 
 
@@ -759,7 +730,8 @@ def test_fit_is_one_step_on_the_mean_cross_entropy_of_response_tokens(discrimina
     total = 0.0
     for i in range(6):
         n = int(mask[i].sum())
-        p = discriminator(criteria[i], ids[i, None, :n], mask[i, None, :n])[0].sigmoid()
+        logits = discriminator(criteria[i], ids[i : i + 1, :n], mask[i : i + 1, :n])
+        p = logits[0].sigmoid()
         right = torch.where(evidence[i, 0, :n] == 1, p, 1 - p)
         total = total - right.log().sum()
     weights = list(discriminator.parameters())
@@ -789,7 +761,6 @@ def test_f1_and_auroc_against_a_loop_over_pairs_with_ties():
 
 # ======== 5. Advantages ==========================================================================
 
-
 def normalize(values, eps):
     """(x - mean) / (std + eps) of a list."""
     mean = fmean(values)
@@ -806,42 +777,42 @@ def normalize_over(tensor, places, eps=0.1):
     return result
 
 
-def slow_token_advantage(verdicts, relevance, lengths, partition, pool="mean"):
-    """The definition of the partitions: verdicts [G, K], relevance [G, K, T] -> [G, T]."""
+def slow_token_advantage(verdicts, relevance, mask, partition, pool="mean"):
+    """The definition of the partitions: verdicts [G, K], relevance [G, K, T], mask [G, T] -> [G, T]."""
     G, K, T = relevance.shape
-    everywhere = [(i, t) for i in range(G) for t in range(lengths[i])]
-    divisor = K if pool == "mean" else 1
+    rows = []  # for each response, the places of its tokens
+    for i in range(G):
+        rows.append([(i, t) for t in range(T) if mask[i, t]])
+    everywhere = sum(rows, [])
     total = torch.zeros(G, T)
     for k in range(K):
         reward = verdicts[:, k, None] * relevance[:, k]  # [G, T]
-        signs = normalize(verdicts[:, k].tolist(), 0.1)  # [G]
-        agree = len(set(verdicts[:, k].tolist())) == 1
+        signs = torch.tensor(normalize(verdicts[:, k].tolist(), 0.1))[:, None]  # [G, 1]
         if partition == "rubric":
-            total += reward / divisor
+            total += reward
         elif partition == "inter":
-            total += normalize_over(reward, everywhere) / divisor
+            total += normalize_over(reward, everywhere)
         elif partition == "cross":
-            total += torch.tensor(signs)[:, None] * normalize_over(relevance[:, k], everywhere) / divisor
+            total += signs * normalize_over(relevance[:, k], everywhere)
         elif partition == "verdict":
-            total += torch.tensor(signs)[:, None] * relevance[:, k] / divisor
-        elif partition == "intra" or not agree:  # contested: only where the group does not agree
-            for i in range(G):
-                row = [(i, t) for t in range(lengths[i])]
-                total += normalize_over(reward, row) / divisor
+            total += signs * relevance[:, k]
+        elif partition == "intra" or signs.any():  # contested: only where the group does not agree
+            for row in rows:
+                total += normalize_over(reward, row)
+    if pool == "mean":
+        total = total / K
     if partition == "rubric":
-        return normalize_over(total, everywhere)
-    for i in range(G):
-        total[i, lengths[i] :] = 0.0
-    return total
+        total = normalize_over(total, everywhere)
+    return total * mask
 
 
 def random_group(G=4, K=3, T=6):
-    """verdicts [G, K] int, relevance [G, K, T], mask [G, T] ragged, and the lengths."""
+    """verdicts [G, K] int, relevance [G, K, T], mask [G, T] ragged."""
     verdicts = torch.randint(2, (G, K)) * 2 - 1
     relevance = torch.rand(G, K, T)
-    lengths = [T] + torch.randint(1, T, (G - 1,)).tolist()
-    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
-    return verdicts, relevance, mask.long(), lengths
+    lengths = torch.randint(1, T + 1, (G, 1))
+    lengths[0] = T
+    return verdicts, relevance, (torch.arange(T) < lengths).long()
 
 
 def test_response_advantage_against_a_loop():
@@ -859,8 +830,8 @@ def test_trap_3_equal_rewards_give_exactly_0_and_a_group_of_1_no_nan(rewards):
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_trap_6_partitions_against_loops_with_1_2_and_7_rubrics(partition, pool):
     for K in (1, 2, 7):
-        verdicts, relevance, mask, lengths = random_group(K=K)
-        expected = slow_token_advantage(verdicts, relevance, lengths, partition, pool)
+        verdicts, relevance, mask = random_group(K=K)
+        expected = slow_token_advantage(verdicts, relevance, mask, partition, pool)
         padded_verdicts = torch.zeros(4, 7, dtype=torch.long)  # in a batch K is that of the longest
         padded_verdicts[:, :K] = verdicts
         garbage = torch.full((4, 7, 6), math.nan)
@@ -871,7 +842,7 @@ def test_trap_6_partitions_against_loops_with_1_2_and_7_rubrics(partition, pool)
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_permuting_the_group_permutes_the_advantages(partition):
-    verdicts, relevance, mask, _ = random_group()
+    verdicts, relevance, mask = random_group()
     order = torch.tensor([2, 0, 3, 1])
     rewards = rtt.response_reward(verdicts, "csr")
     assert_close(rtt.response_advantage(rewards[order]), rtt.response_advantage(rewards)[order])
@@ -881,7 +852,7 @@ def test_permuting_the_group_permutes_the_advantages(partition):
 
 def test_trap_1_reshape_for_permute_mixes_the_rubrics_of_different_responses():
     """The authors' release turns [G, K, T] into [K, G, T] by reshape; that is another, wrong, number."""
-    verdicts, relevance, _, _ = random_group()
+    verdicts, relevance, _ = random_group()
     reward = verdicts[..., None] * relevance  # [G, K, T]
 
     def inter(reward):
@@ -897,7 +868,7 @@ def test_trap_1_reshape_for_permute_mixes_the_rubrics_of_different_responses():
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_trap_2_float_relevance_in_an_integer_tensor_is_cut_to_0(partition):
     """The authors' release writes relevance into a tensor of the verdicts' type, so 0.5 becomes 0."""
-    verdicts, relevance, mask, _ = random_group()
+    verdicts, relevance, mask = random_group()
     advantage = rtt.token_advantage(verdicts, relevance, mask, partition)
     assert advantage.dtype == torch.float32
     assert advantage.abs().max() > 0.05
@@ -927,7 +898,6 @@ def test_combine_advantages(how, share):
 
 # ======== 6. Exchangeability =====================================================================
 
-
 def test_min_replace_gives_each_group_its_minimum():
     weights = torch.tensor([[3.0, 1, 2], [5, 6, 4]])
     assert rtt.min_replace(weights).tolist() == [[1, 1, 1], [4, 4, 4]]
@@ -947,18 +917,17 @@ def test_adv_orthogonal_weights_cancel_and_move_no_more_than_they_must():
 
 
 def slow_residual(coef, ids, mask):
-    pushes = []  # for each response, token -> its coefficients
-    for i in range(len(ids)):
-        pushes.append({})
-        for t in range(ids.shape[1]):
-            if mask[i, t]:
-                pushes[i].setdefault(int(ids[i, t]), []).append(float(coef[i, t]))
+    """The learning tax: the tokens that all responses share, one after the other."""
     tax = 0.0
     push = 0.0
-    for token in set.intersection(*map(set, pushes)):
-        means = [fmean(of_response[token]) for of_response in pushes]
-        tax += abs(sum(means))
-        push += sum(map(abs, means))
+    for token in ids.unique():
+        places = (ids == token) & (mask > 0)  # [G, T]
+        if places.any(1).all():
+            means = []
+            for of_response, here in zip(coef, places):
+                means.append(float(of_response[here].mean()))
+            tax += abs(sum(means))
+            push += sum(map(abs, means))
     return tax / push if push else 0.0
 
 
@@ -971,7 +940,6 @@ def test_cancellation_residual_against_a_loop():
 
 
 # ======== 7. The update ==========================================================================
-
 
 def loss_case(spread=0.4):
     """logprobs, old, advantages constant in each response, mask: [8, 5]; ratios far from 1."""
@@ -1023,26 +991,22 @@ def slow_weights(ratios, advantages, loss, low, high):
 
 
 def slow_coef(logprobs, old, advantages, mask, G, loss, low, high):
-    """Advantage * weight [N, T], and the share of the tokens whose weight is 0."""
+    """Advantage * weight [N, T]."""
     coef = torch.zeros(mask.shape, dtype=torch.float64)
-    let_go = 0
     lengths = mask.sum(1).tolist()
+    ratio = (logprobs - old).exp()
     for start in range(0, len(mask), G):
         group = range(start, start + G)
-        ratios = [(logprobs - old)[i, : lengths[i]].exp().tolist() for i in group]
+        ratios = [ratio[i, : lengths[i]].tolist() for i in group]
         given = [advantages[i, : lengths[i]].tolist() for i in group]
-        for i, row in zip(group, slow_weights(ratios, given, loss, low, high)):
-            let_go += row.count(0.0)
-            coef[i, : lengths[i]] = torch.tensor(row) * advantages[i, : lengths[i]]
-    return coef, let_go / sum(lengths)
-
-
-# What leaves the first range: a token of each group, but not every response; the second, less; the last, nothing.
-CLIPS = [(0.2, 0.3), (0.35, 0.6), (1.0, math.inf)]
+        for i, weights in zip(group, slow_weights(ratios, given, loss, low, high)):
+            coef[i, : lengths[i]] = torch.tensor(weights) * advantages[i, : lengths[i]]
+    return coef
 
 
 @pytest.mark.parametrize("token_level", [False, True])
-@pytest.mark.parametrize("clip", CLIPS)
+# What leaves the first range: a token of each group, but not every response; the second, less; the last, nothing.
+@pytest.mark.parametrize("clip", [(0.2, 0.3), (0.35, 0.6), (1.0, math.inf)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_coef_is_the_table_of_the_losses_and_minus_the_gradient(loss, clip, token_level):
     logprobs, old, advantages, mask = loss_case(spread=0.2)
@@ -1051,10 +1015,11 @@ def test_coef_is_the_table_of_the_losses_and_minus_the_gradient(loss, clip, toke
         advantages = advantages + 0.3 * noise * mask
     value, stats = rtt.policy_loss(logprobs, old, advantages, mask, 4, loss, clip)
     value.backward()
-    expected, let_go = slow_coef(logprobs, old, advantages, mask, 4, loss, *clip)
+    expected = slow_coef(logprobs, old, advantages, mask, 4, loss, *clip)
     divisor = len(mask) if loss == "gspo" else mask.sum()
     assert_close(stats["coef"], expected)
-    assert stats["clip_fraction"] == pytest.approx(let_go)
+    let_go = expected[mask > 0] == 0
+    assert stats["clip_fraction"] == pytest.approx(float(let_go.double().mean()))
     moved = (logprobs - old).detach()[mask > 0]
     assert stats["approx_kl"] == pytest.approx(float((moved.exp() - moved - 1).mean()))
     assert_close(logprobs.grad, -expected / divisor)
@@ -1204,6 +1169,7 @@ MASK = torch.arange(12) < LENGTHS  # [G, T]
 A = torch.tensor([[1.5], [-0.5], [-0.5], [-0.5]])
 CANCELS = 1e-5
 TAXED = 0.05
+NO_CLIP = (1.0, math.inf)
 
 
 def tax_on_shared_tokens(loss, advantages, shared_ratio=1.1, spread=0.5, clip=(0.2, 0.2)):
@@ -1229,9 +1195,6 @@ def tax_on_shared_tokens(loss, advantages, shared_ratio=1.1, spread=0.5, clip=(0
     size = sum(push.norm() for push in pushes)
     assert size > 1e-3  # there is something to cancel
     return float(sum(pushes).norm() / size)
-
-
-NO_CLIP = (1.0, math.inf)
 
 
 @pytest.mark.parametrize("loss", GROUP_CLIPPED)
@@ -1263,23 +1226,19 @@ def test_shared_tokens_pay_for_a_length_normalisation_even_on_policy_and_the_res
     assert rtt.cancellation_residual(advantages * MASK, ids, MASK) == pytest.approx(tax, abs=1e-5)
 
 
-def token_channel(partition, verdicts):
-    """The token advantages of a group; the relevance is a causal reader's, equal on the shared tokens."""
-    relevance = torch.rand(4, 1, 12)
-    relevance[:, :, :SHARED] = relevance[0, :, :SHARED]
-    return rtt.token_advantage(torch.tensor(verdicts)[:, None], relevance, MASK, partition)
-
-
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_only_verdict_and_cross_cancel_where_verdicts_do_not_balance(partition):
-    tax = tax_on_shared_tokens("dfpo-min", token_channel(partition, [1, 1, 1, -1]), clip=NO_CLIP)
+    relevance = torch.rand(4, 1, 12)
+    relevance[:, :, :SHARED] = relevance[0, :, :SHARED]  # as a causal reader's
+    unbalanced = torch.tensor([[1], [1], [1], [-1]])
+    advantages = rtt.token_advantage(unbalanced, relevance, MASK, partition)
+    tax = tax_on_shared_tokens("dfpo-min", advantages, clip=NO_CLIP)
     assert tax < CANCELS if partition in ("verdict", "cross") else tax > TAXED
-    agreeing = token_channel(partition, [1, 1, 1, 1])  # there is nothing to learn
+    agreeing = rtt.token_advantage(torch.ones(4, 1), relevance, MASK, partition)  # there is nothing to learn
     assert agreeing.any() == (partition in ("intra", "inter", "rubric"))
 
 
 # ======== 8. The loop: whole runs ================================================================
-
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
@@ -1301,7 +1260,7 @@ def small_run(folder, data, out, flags=""):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def train(folder, data, out, flags=""):
@@ -1334,10 +1293,10 @@ def test_a_step_is_the_opening_picture(relevance, folder, data, tmp_path, monkey
     """Sampled, graded, rewarded, credited: what reaches `update`, and token_share, by slow loops."""
     graded = spy(monkeypatch, "grade")
     updated = spy(monkeypatch, "update")
-    criteria = []
 
-    def predict(self, texts, ids, mask, wanted):
-        criteria.extend(texts)
+    def predict(self, criteria, ids, mask, wanted):
+        for text in sum(criteria, []):
+            assert text.startswith(("yes: ", "no: "))
         return (ids % 7 / 7)[:, None].expand(*wanted.shape, -1)
 
     monkeypatch.setattr(rtt.RelevanceDiscriminator, "predict", predict)
@@ -1358,8 +1317,6 @@ def test_a_step_is_the_opening_picture(relevance, folder, data, tmp_path, monkey
             token_level += abs(0.3 * token[i, t])
     assert advantages.any()
     assert row["token_share"] == pytest.approx(float(token_level / response_level))
-    for text in sum(criteria, []):
-        assert text.startswith(("yes: ", "no: "))
 
 
 @pytest.fixture(scope="session")
@@ -1369,12 +1326,10 @@ def finished(folder, data, tmp_path_factory):
     return out
 
 
-def test_a_run_writes_down_what_it_did(finished):
-    config = json.loads((finished / "config.json").read_text())
+def test_a_run_writes_down_what_it_did_and_its_policy_is_an_ordinary_folder(finished, data, tmp_path):
     result = json.loads((finished / "result.json").read_text())
     rows = read(finished / "metrics.jsonl")
     records = read(finished / "responses.jsonl")
-    assert config["steps"] == 4
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert "eval_instruction" in rows[1]
     names = "reward instruction rubric entropy truncated zero_variance token_share tokens f1 auroc loss grad_norm "
@@ -1389,8 +1344,9 @@ def test_a_run_writes_down_what_it_did(finished):
     assert outcome["instruction"] == 100 * met / 5
     assert outcome["residual"] == fmean(row["residual"] for row in rows)
     assert [step for step, _ in outcome["curve"]] == [0, 2, 4]
-    policy = load(finished / "policy").policy  # an ordinary folder
-    assert policy.end_ids == [2]
+    rtt.main([*small_run(finished / "policy", data, tmp_path), "--eval-only"])
+    assert read(tmp_path / "responses.jsonl") == records
+    assert not (tmp_path / "policy").exists()
 
 
 KILLED = f"""
@@ -1409,14 +1365,6 @@ rtt.main(sys.argv[1:])
 """
 
 
-def untimed(path):
-    """Rows of metrics without what differs from run to run."""
-    rows = []
-    for row in read(path):
-        rows.append({name: value for name, value in row.items() if "second" not in name})
-    return rows
-
-
 def test_trap_14_no_warning_and_a_run_killed_and_resumed_equals_a_whole_one_to_the_bit(
     folder, data, finished, tmp_path
 ):
@@ -1427,7 +1375,9 @@ def test_trap_14_no_warning_and_a_run_killed_and_resumed_equals_a_whole_one_to_t
     resumed = python(HERE / "rtt.py", "--resume", out)
     assert resumed.stderr == ""
     assert resumed.returncode == 0
-    assert untimed(out / "metrics.jsonl") == untimed(finished / "metrics.jsonl")
+    for row, whole in zip(read(out / "metrics.jsonl"), read(finished / "metrics.jsonl"), strict=True):
+        for name, value in whole.items():
+            assert row[name] == value or "second" in name, name
     for name in ("responses.jsonl", "result.json", "policy/model.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
@@ -1458,17 +1408,27 @@ def test_a_run_in_bfloat16_has_weights_in_float32_and_first_ratios_of_1(folder, 
         assert row["approx_kl"] == 0  # scored anew in training precision
 
 
+def page_data(path):
+    """The JSON in a page: there is one script of data, and no text in it can end it."""
+    page = path.read_text(encoding="utf-8")
+    data = re.findall('<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(data[0])
+
+
 def test_criteria_in_words_are_judged_in_a_run_and_a_file_keeps_its_last_tenth_for_measuring(folder, tmp_path):
-    rows = [dict(ROW, prompt=f"Tell {n}.", rubrics=["is kind"]) for n in range(20)]
-    path = write_rows(tmp_path / "a.jsonl", *rows)
-    train(folder, path, tmp_path / "run")
+    nasty = '</script><b>"Hi"</b> \u2028 שלום 😀 <!--'  # it must not break the page
+    rows = [dict(ROW, prompt=f"Tell {n}. {nasty}", rubrics=["is kind"]) for n in range(20)]
+    rtt.write_rows(tmp_path / "a.jsonl", rows)
+    train(folder, tmp_path / "a.jsonl", tmp_path / "run")
     records = read(tmp_path / "run" / "responses.jsonl")
-    assert [record["prompt"] for record in records] == ["Tell 18.", "Tell 19."]
+    assert [record["prompt"] for record in records] == [rows[18]["prompt"], rows[19]["prompt"]]
     for record in records:
         by_rule, judged = record["rubrics"]
         assert judged["criterion"] == "is kind"
         assert by_rule["evidence"] is not None
         assert (judged["evidence"] is None) == bool(record["response"].strip())
+    page = page_data(tmp_path / "run" / "credit.html")
+    assert page["groups"][0]["prompt"] in [row["prompt"] for row in rows]
 
 
 def test_a_step_that_is_not_finite_is_not_made_and_is_said(capsys):
@@ -1481,22 +1441,10 @@ def test_a_step_that_is_not_finite_is_not_made_and_is_said(capsys):
     assert "skipped" in "".join(capsys.readouterr())
 
 
-def test_eval_only_measures_and_does_not_train(folder, data, tmp_path):
-    rtt.main([*small_run(folder, data, tmp_path), "--eval-only"])
-    assert len(read(tmp_path / "responses.jsonl")) == 5
-    assert not (tmp_path / "policy").exists()
-
-
-def page_data(page):
-    """The JSON in a page: there is one script of data, and no text in it can end it."""
-    data = re.findall('<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
-    return json.loads(data[0])
-
-
 def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, data, tmp_path, monkeypatch):
     steps = spy(monkeypatch, "train_step")
     train(folder, data, tmp_path / "run", "--steps 3 --eval-every 2")
-    page = page_data((tmp_path / "run" / "credit.html").read_text(encoding="utf-8"))
+    page = page_data(tmp_path / "run" / "credit.html")
     assert [group["step"] for group in page["groups"]] == [1, 2, 3]
     assert page["metrics"] == read(tmp_path / "run" / "metrics.jsonl")
     for group, (_, (_, example)) in zip(page["groups"], steps):
@@ -1510,8 +1458,6 @@ def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, data, tmp_
             if len(set(verdicts[:G, k].tolist())) > 1:  # the step itself needed it
                 assert_close(relevance[:, k], used[:G, k])
         A = rtt.response_advantage(rtt.response_reward(verdicts[:G]))
-        ratio = torch.tensor(group["ratio"])
-        inside = (ratio >= 0.8) & (ratio <= 1.2)
         lengths = mask.sum(1).tolist()
         smallest = min(geometric_mean(row[:n]) for row, n in zip(group["ratio"], lengths))
         for partition in PARTITIONS:
@@ -1519,7 +1465,6 @@ def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, data, tmp_
             token_adv = rtt.token_advantage(verdicts[:G, :K], relevance, mask, partition)
             advantage = rtt.combine_advantages(A, token_adv, mask)
             assert_close(torch.tensor(part["advantage"]), advantage)
-            assert_close(torch.tensor(part["coef"]["grpo-mask"]), advantage * ratio * inside)
             assert_close(torch.tensor(part["coef"]["dfpo-min"]), advantage * smallest)  # no group clip
             residual = rtt.cancellation_residual(torch.tensor(part["coef"]["gspo"]), ids, mask)
             assert part["residual"]["gspo"] == pytest.approx(residual, abs=1e-3)
@@ -1532,20 +1477,8 @@ def test_explain_shows_the_tensors_of_each_section_and_keeps_the_page(data, tmp_
         assert re.search(rf"^{number}\. ", said, re.MULTILINE)
     sums = [float(value) for value in re.findall("cancel: ([-+.0-9]+)", said)]
     assert abs(sums[1]) < 1e-4 and abs(sums[2]) < 1e-4  # min_replace and adv_orthogonal
-    assert page_data((tmp_path / "credit.html").read_text(encoding="utf-8"))["groups"][0]["ids"]
+    assert page_data(tmp_path / "credit.html")["groups"][0]["ids"]
     assert not (tmp_path / "policy").exists()
-
-
-def test_no_text_can_break_the_page(finished, tmp_path):
-    out = shutil.copytree(finished, tmp_path / "run")
-    prompt = '</script><b>"Hi"</b> \u2028 שלום 😀 <!--'
-    with open(out / "credit.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(step=9, prompt=prompt)) + "\n")
-    rtt.write_page(out, rtt.Config())
-    page = (out / "credit.html").read_text(encoding="utf-8")
-    template = (HERE / "data" / "credit.html").read_text(encoding="utf-8")
-    assert page.count("</script>") == template.count("</script>")
-    assert page_data(page)["groups"][-1]["prompt"] == prompt
 
 
 def test_the_embedded_settings_hold_only_without_another_model():
@@ -1555,7 +1488,6 @@ def test_the_embedded_settings_hold_only_without_another_model():
 
 
 # ---- Bad input
-
 
 def refused(capsys, *argv):
     """The one line that main prints before it leaves with status 2."""
@@ -1568,18 +1500,12 @@ def refused(capsys, *argv):
     return err
 
 
-BAD_FLAGS = {
-    "--steps 0": "--steps 0: must be above 0",
-    "--group-size 1": "at least 2",
-    "--clip 0.1": "two numbers",
-    "--data nowhere.jsonl": "nowhere.jsonl",
-    "--model no/such/model": "no/such/model",
-}
-
-
-@pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags_are_one_line(flags, capsys, tmp_path):
-    assert BAD_FLAGS[flags] in refused(capsys, "--out", tmp_path / "run", *flags.split())
+def test_bad_flags_are_one_line(capsys, tmp_path):
+    assert "--steps 0: must be above 0" in refused(capsys, "--steps", "0")
+    assert "at least 2" in refused(capsys, "--group-size", "1")
+    assert "two numbers" in refused(capsys, "--clip", "0.1")
+    assert "nowhere.jsonl" in refused(capsys, "--data", "nowhere.jsonl")
+    assert "no/such/model" in refused(capsys, "--model", "no/such/model", "--out", tmp_path)
 
 
 def test_bad_resumes_are_one_line(finished, folder, data, capsys):
@@ -1593,7 +1519,7 @@ def test_bad_resumes_are_one_line(finished, folder, data, capsys):
         assert "lock" in refused(capsys, "--resume", finished)
 
 
-def test_a_model_of_no_use_is_one_line(folder, data, capsys, tmp_path):
+def test_trap_13_a_model_that_is_of_no_use_or_could_run_code_is_one_line(folder, data, capsys, tmp_path):
     """Spoiled more and more: each time another check comes first."""
     bad = shutil.copytree(folder, tmp_path / "bad")
     command = small_run(bad, data, tmp_path / "run")
@@ -1603,6 +1529,9 @@ def test_a_model_of_no_use_is_one_line(folder, data, capsys, tmp_path):
     assert "not numbers" in refused(capsys, *command)
     (bad / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
     assert "its chat template fails" in refused(capsys, *command)
+    (bad / "model.safetensors").unlink()
+    torch.save(weights, bad / "pytorch_model.bin")  # pickled
+    assert "no file named model.safetensors" in refused(capsys, *command)
     config = MambaConfig(vocab_size=1024, hidden_size=16, state_size=4, num_hidden_layers=1)
     MambaForCausalLM(config).save_pretrained(bad)
     assert "other layers" in refused(capsys, *command)
@@ -1612,13 +1541,6 @@ def test_a_model_of_no_use_is_one_line(folder, data, capsys, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_trap_13_weights_that_could_run_code_are_not_loaded(folder, data, capsys, tmp_path):
-    bad = shutil.copytree(folder, tmp_path / "bad")
-    torch.save(load_file(bad / "model.safetensors"), bad / "pytorch_model.bin")
-    (bad / "model.safetensors").unlink()
-    assert f"model {bad}" in refused(capsys, *small_run(bad, data, tmp_path / "run"))
-
-
 def test_trap_18_cudnn_attention_is_off(capsys):
     torch.backends.cuda.enable_cudnn_sdp(True)
     refused(capsys, "--steps", "0")
@@ -1626,7 +1548,6 @@ def test_trap_18_cudnn_attention_is_off(capsys):
 
 
 # ======== README.md and data/compare.py ==========================================================
-
 
 def test_the_snippets_of_the_readme_run_and_say_what_is_so(capsys):
     text = (HERE / "README.md").read_text(encoding="utf-8")
@@ -1657,14 +1578,16 @@ def test_each_piece_to_lift_is_named_with_all_that_it_needs():
             assert pieces[name] <= given, name
 
 
-def test_the_tables_of_the_committed_results_are_in_their_text(capsys):
+def test_the_tables_of_the_committed_results_are_in_their_text(capsys, tmp_path):
     folder = HERE / "data" / "results"
+    text = (folder / "README.md").read_text(encoding="utf-8")
     for path in folder.glob("*.jsonl"):
-        compare.main(["--table", str(path)])
-        assert capsys.readouterr().out in (folder / "README.md").read_text(encoding="utf-8"), path
+        compare.main(["--table", str(path), "--page", str(tmp_path / "curves.html")])
+        assert capsys.readouterr().out in text, path
+        assert page_data(tmp_path / "curves.html")["curves"]
 
 
-def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds(tmp_path):
+def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds():
     assert compare.flags_of("base+alpha=0+clip=1~inf") == ["--alpha", "0", "--clip", "1", "inf"]
     assert compare.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
     assert compare.halves([(0, 0.1), (50, 0.2), (100, 0.4), (150, 0.6), (200, 0.8)]) == pytest.approx((30, 70))
@@ -1673,9 +1596,3 @@ def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds(tmp_path):
     one, other = [levels | dict(curve=list(zip([0, 50, 100], curve))) for curve in early_and_late]
     row = compare.cells("other", [other, other], [one, one])
     assert row[1:5] == ["30.0 ± 0.0", "+10.0 ± 0.0", "70.0 ± 0.0", "+30.0 ± 0.0"]
-    first = dict(config=dict(out="base+seed=0"), curve=[[0, 0.1], [5, 0.3]])
-    second = dict(config=dict(out="base+seed=1"), curve=[[0, 0.1], [5, 0.5]])
-    compare.write_page([first, second], tmp_path / "curves.html")
-    curve = page_data((tmp_path / "curves.html").read_text(encoding="utf-8"))["curves"]["base"]["eval_instruction"]
-    assert curve[0] == [0, 0.1, 0]
-    assert curve[1] == [5, 0.4, pytest.approx(12.71 * 0.1)]
