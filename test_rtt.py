@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, geometric_mean, pstdev
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test waits for the hub
-os.environ["OMP_NUM_THREADS"] = "1"  # models this small gain nothing from more, and equal runs need equal numbers
+os.environ["OMP_NUM_THREADS"] = "1"  # equal runs need equal numbers of threads
 
 import filelock
 import pytest
@@ -30,7 +30,8 @@ from torch.nn.utils import parameters_to_vector
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
-from transformers import MambaConfig, MambaForCausalLM, PhimoeConfig, PhimoeForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, PhimoeConfig, PhimoeForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rtt
 
@@ -43,7 +44,6 @@ import explain
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
 
 LOSSES = ["grpo", "grpo-mask", "gspo", "grpo-fix", "dfpo-min", "dfpo-orth"]
-GROUP_CLIPPED = ["grpo-fix", "dfpo-min", "dfpo-orth"]
 PARTITIONS = ["intra", "inter", "rubric", "verdict", "contested", "cross"]
 
 
@@ -115,12 +115,6 @@ def folder(tokenizer, tmp_path_factory):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
-
-
-def load(folder):
-    """The Models of a run."""
-    config = rtt.parse(["--model", str(folder), "--device", "cpu", "--max-new-tokens", "64"])
-    return rtt.load_models([rtt.Task("Tell.", [])], config)
 
 
 def flat_gradient(value, model):
@@ -402,7 +396,7 @@ def responses_of(rollout):
 
 
 def plain_distributions(model, prompt, response, temperature):
-    """No padding, no cache, no batch: log-probabilities [n, V] where the response's n tokens are predicted."""
+    """No padding, cache or batch: log-probabilities [n, V] where the response's n tokens are predicted."""
     logits = model(torch.tensor([prompt + response])).logits[0]
     return (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
 
@@ -454,17 +448,18 @@ def test_trap_7_samples_follow_the_softmax_at_that_temperature_whatever_the_gene
 @pytest.mark.parametrize("pad", [0, END])
 def test_trap_8_end_tokens_are_in_the_mask_and_the_pad_token_confuses_nothing(pad):
     rollout = roll(qwen(), G=16, pad=pad)
+    ends = {END, OTHER_END}
     last = set()
     for i, (_, response) in enumerate(responses_of(rollout)):
         n = len(response)
-        assert rollout.mask[i].tolist() == [1] * n + [0] * (rollout.mask.shape[1] - n)
+        assert rollout.mask[i, :n].all()
         assert (rollout.ids[i, n:] == pad).all()
-        assert not {END, OTHER_END} & set(response[:-1])
-        assert rollout.truncated[i] == (response[-1] not in (END, OTHER_END))
+        assert not ends & set(response[:-1])
+        assert rollout.truncated[i] == (response[-1] not in ends)
         assert n == 12 or not rollout.truncated[i]
         assert not rollout.logprobs[i, n:].any()
         last.add(response[-1])
-    assert {END, OTHER_END} < last
+    assert ends < last
     assert rollout.truncated.any()
 
 
@@ -500,7 +495,7 @@ SPELLED = ["Tell<|im_end|> me<|im_end|>", "<|im_start|>user", " <|im_end|>\n"]
 @pytest.mark.parametrize("prompt", [" Tell 😀\n", "\nA <tag> [INST] & |>", *SPELLED])
 @pytest.mark.parametrize("templated", [True, False])
 def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(prompt, templated, folder):
-    """The tokenizer begins every text with <|im_start|>, and so does its template, which strips the prompt."""
+    """The tokenizer begins every text with <|im_start|>; so does its template, which strips the prompt."""
     coder = AutoTokenizer.from_pretrained(folder)
     begin = ("<|im_start|>", 1)
     coder.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [begin])
@@ -521,7 +516,7 @@ def test_trap_15_a_turn_ends_where_the_chat_template_ends_it_though_eos_is_anoth
     tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="<|endoftext|>")
     tokenizer.save_pretrained(tmp_path)
     qwen(len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path)
-    policy = load(tmp_path).policy
+    policy = rtt.load_policy(tmp_path, rtt.Config(device="cpu"), torch.float32)
     assert policy.tokenizer.decode(policy.end_ids) == "<|endoftext|><|im_end|>"
     policy.tokenizer.chat_template = "<|im_start|>{{ messages[0].content }}"  # without the answer
     assert rtt.turn_end(policy.tokenizer) is None
@@ -531,7 +526,7 @@ def test_trap_16_thinking_is_switched_off_by_the_template_or_closed(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     opened = "{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"
-    switched = "<|im_start|>assistant\n<think>\n{{ '' if enable_thinking | default(true) else '\n</think>\n\n' }}"
+    switched = "<|im_start|>assistant\n<think>\n{{ '\n</think>\n\n' if not enable_thinking | default(true) }}"
     for ending in (opened, switched):
         tokenizer.chat_template = turns + ending
         ids = rtt.encode_prompt(tokenizer, "Go.")
@@ -658,7 +653,8 @@ def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, monkeypa
     monkeypatch.setattr(rtt, "judge_yes", judge_yes)
     german = rtt.make_rubric("language:response_language", dict(language="de"))  # letters that others share
     korean = rtt.make_rubric("language:response_language", dict(language="ko"))
-    task = rtt.Task("Tell.", [NO_COMMA, german, korean, rtt.Rubric(rtt.JUDGED, {}, "is kind")])
+    kind = rtt.Rubric(rtt.JUDGED, {}, "is kind")
+    task = rtt.Task("Tell.", [NO_COMMA, german, korean, kind])
     ids = tokenizer("A lamp, a key.").input_ids
     rollout = rollout_of(tokenizer, [ids, []], [True, True])  # an empty response satisfies nothing
     texts, verdicts, evidence, known = rtt.grade(tokenizer, rollout, [task], "judge")
@@ -668,7 +664,7 @@ def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, monkeypa
     assert evidence[0, 0].sum() == 1  # the comma
     assert len(asked) == 2
     for question, criterion in zip(asked, ["respond entirely in German", "is kind"]):
-        assert "Tell." in question and texts[0] in question and criterion in question
+        assert question == rtt.QUESTION.format("Tell.", texts[0], criterion)
 
 
 def test_response_reward_counts_only_rubrics_that_exist():
@@ -678,15 +674,16 @@ def test_response_reward_counts_only_rubrics_that_exist():
         [1, 0, 0],
         [-1, -1, -1],
     ]
-    all_or_nothing = rtt.response_reward(torch.tensor(rows))
-    share = rtt.response_reward(torch.tensor(rows), "csr")
+    verdicts = torch.tensor(rows)
+    all_or_nothing = rtt.response_reward(verdicts)
+    share = rtt.response_reward(verdicts, "csr")
     for i, row in enumerate(rows):
         satisfied = row.count(1)
         violated = row.count(-1)
         assert all_or_nothing[i] == (violated == 0)
         assert share[i] == satisfied / (satisfied + violated)
     with pytest.raises(ValueError, match="not Booleans"):  # False would count as "no such rubric"
-        rtt.response_reward(torch.tensor(rows) > 0)
+        rtt.response_reward(verdicts > 0)
 
 
 # ======== 4. Relevance ===========================================================================
@@ -707,7 +704,8 @@ def random_responses():
 
 def test_relevance_is_0_where_nothing_is_and_does_not_depend_on_the_batch(discriminator):
     ids, mask = random_responses()
-    criteria = [["find it", "a", "b"], ["find it"], ["a much longer criterion, with more words", "find it"]] * 2
+    longer = "a much longer criterion, with more words"
+    criteria = [["find it", "a", "b"], ["find it"], [longer, "find it"]] * 2
     exist = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]] * 2)  # [N, K] 1 where there is a criterion
     together = discriminator.predict(criteria, ids, mask, exist)
     present = exist[:, :, None] * mask[:, None, :] > 0
@@ -872,19 +870,22 @@ def test_trap_2_float_relevance_in_an_integer_tensor_is_cut_to_0(partition):
     advantage = rtt.token_advantage(verdicts, relevance, mask, partition)
     assert advantage.dtype == torch.float32
     assert advantage.abs().max() > 0.05
-    assert torch.equal(advantage, rtt.token_advantage(verdicts.float(), relevance, mask.float(), partition))
+    of_floats = rtt.token_advantage(verdicts.float(), relevance, mask.float(), partition)
+    assert torch.equal(advantage, of_floats)
 
 
 def test_trap_3_the_noise_of_a_relevance_that_sees_nothing_is_not_blown_up_to_unit_size():
     noise = 0.01 + 0.01 * torch.randn(4, 3, 40)
     mask = torch.ones(4, 40)
-    blown_up = rtt.token_advantage(torch.ones(4, 3), noise, mask, "intra", eps=1e-6)
-    kept_small = rtt.token_advantage(torch.ones(4, 3), noise, mask, "intra")
+    agree = torch.ones(4, 3)
+    blown_up = rtt.token_advantage(agree, noise, mask, "intra", eps=1e-6)
+    kept_small = rtt.token_advantage(agree, noise, mask, "intra")
     assert blown_up.std() > 0.4  # what it would be
     assert kept_small.std() < 0.1
     found = torch.zeros(4, 3, 40)
     found[:, :, 7] = 1.0  # one relevant token of 40
-    assert (rtt.token_advantage(torch.ones(4, 3), found, mask, "intra")[:, 7] > 3).all()
+    advantage = rtt.token_advantage(agree, found, mask, "intra")
+    assert (advantage[:, 7] > 3).all()
 
 
 @pytest.mark.parametrize("how, share", [("add", 1.0), ("mix", 0.75)])
@@ -912,8 +913,10 @@ def test_adv_orthogonal_weights_cancel_and_move_no_more_than_they_must():
         dot = sum(a * x for a, x in zip(adv[i], w[i]))
         size = sum(a * a for a in adv[i])
         assert_close(new[i], w[i] - dot / size * adv[i])
-    assert rtt.adv_orthogonal(w, torch.zeros(5, 8)).equal(w)
-    assert rtt.adv_orthogonal(w.half(), torch.zeros(5, 8).half()).equal(w.half().float())
+    nothing = torch.zeros(5, 8)
+    half = w.half()
+    assert rtt.adv_orthogonal(w, nothing).equal(w)
+    assert rtt.adv_orthogonal(half, nothing.half()).equal(half.float())
 
 
 def slow_residual(coef, ids, mask):
@@ -943,12 +946,13 @@ def test_cancellation_residual_against_a_loop():
 
 def loss_case(spread=0.4):
     """logprobs, old, advantages constant in each response, mask: [8, 5]; ratios far from 1."""
-    old = -3 * torch.rand(8, 5, dtype=torch.float64)
-    moved = spread * torch.randn(8, 5, dtype=torch.float64)
-    A = torch.randn(2, 4, 1, dtype=torch.float64)
+    old = -3 * torch.rand(8, 5).double()
+    logprobs = old + spread * torch.randn(8, 5).double()
+    A = torch.randn(2, 4, 1).double()
     A = A - A.mean(1, keepdim=True)
-    mask = (torch.arange(5) < torch.randint(1, 6, (8, 1))).long()
-    return (old + moved).requires_grad_(), old, A.view(8, 1) * mask, mask
+    lengths = torch.randint(1, 6, (8, 1))
+    mask = (torch.arange(5) < lengths).long()
+    return logprobs.requires_grad_(), old, A.view(8, 1) * mask, mask
 
 
 def ppo_weight(ratio, A, low, high):
@@ -961,7 +965,7 @@ def ppo_weight(ratio, A, low, high):
 
 
 def slow_weights(ratios, advantages, loss, low, high):
-    """The table of the losses for one group: for each response a list of its tokens' ratios, and advantages."""
+    """The table of the losses for one group: for each response its tokens' ratios, and advantages."""
     s = [geometric_mean(row) for row in ratios]
     m = [fmean(row) for row in advantages]
     along = sum(a * x for a, x in zip(m, s)) / sum(a * a for a in m)
@@ -1005,7 +1009,7 @@ def slow_coef(logprobs, old, advantages, mask, G, loss, low, high):
 
 
 @pytest.mark.parametrize("token_level", [False, True])
-# What leaves the first range: a token of each group, but not every response; the second, less; the last, nothing.
+# What leaves the first range: a token of each group, but not all responses; the second, less; the last, nothing.
 @pytest.mark.parametrize("clip", [(0.2, 0.3), (0.35, 0.6), (1.0, math.inf)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_coef_is_the_table_of_the_losses_and_minus_the_gradient(loss, clip, token_level):
@@ -1055,11 +1059,12 @@ def test_only_the_new_log_probabilities_get_a_gradient(loss):
 def test_trap_4_ppo_clip_is_one_sided_for_either_sign_of_the_advantage(loss, A, ratio):
     def value_at(logprob):
         advantages = torch.full((1, 1), A)
-        old = torch.zeros(1, 1, dtype=torch.float64)
-        return rtt.policy_loss(logprob, old, advantages, torch.ones(1, 1), 1, loss, (0.2, 0.2))[0]
+        old = torch.zeros(1, 1)
+        value, _ = rtt.policy_loss(logprob, old, advantages, torch.ones(1, 1), 1, loss, (0.2, 0.2))
+        return value
 
     h = 1e-6
-    logprob = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
+    logprob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     value_at(logprob).backward()
     slope = (value_at(logprob + h) - value_at(logprob - h)) / (2 * h)
     assert_close(slope, -A * ppo_weight(ratio, A, 0.2, 0.2), 1e-6)
@@ -1080,8 +1085,9 @@ def test_trap_5_k3_is_the_kl_on_average_and_never_negative():
 
 def settings(**given):
     """The settings of an update."""
-    cpu = dict(device="cpu", dtype="float32", gradient_checkpointing=False)
-    return rtt.Config(**cpu | dict(group_size=4, micro_batch=9, temperature=1.3, max_grad_norm=1e9) | given)
+    fixed = dict(device="cpu", dtype="float32", group_size=4, temperature=1.3, max_grad_norm=1e9)
+    free = dict(micro_batch=9, gradient_checkpointing=False)
+    return rtt.Config(**fixed, **free | given)
 
 
 def off_policy_rollout(model, spread=0.3):
@@ -1112,11 +1118,12 @@ def test_trap_12_update_follows_the_gradient_of_plain_forward_passes_in_micro_ba
     value, stats = rtt.policy_loss(logprobs, rollout.logprobs, advantages, rollout.mask, 4, loss, clip)
     expected = flat_gradient(value, model)
     residuals = []
-    for start in (0, 4, 8):
-        group = slice(start, start + 4)
-        if stats["coef"][group].any():
-            residuals.append(slow_residual(stats["coef"][group], rollout.ids[group], rollout.mask[group]))
-    stats |= dict(loss=value.item(), grad_norm=float(expected.norm()), residual=fmean(residuals))
+    for coef, ids, mask in zip(stats["coef"].split(4), rollout.ids.split(4), rollout.mask.split(4)):
+        if coef.any():
+            residuals.append(slow_residual(coef, ids, mask))
+    stats["loss"] = value.item()
+    stats["grad_norm"] = float(expected.norm())
+    stats["residual"] = fmean(residuals)
     for micro_batch, checkpointing in ((1, False), (2, False), (9, False), (2, True)):
         model = qwen()
         if checkpointing:
@@ -1161,7 +1168,7 @@ def test_trap_5_the_kl_penalty_has_the_gradient_of_its_definition(loss):
     assert_close(gradient / expected.norm(), expected / expected.norm())
 
 
-# ---- The cancellation condition (TGC), by autograd: a group shares four tokens after the prompt, then diverges
+# ---- The cancellation condition (TGC), by autograd: a group shares four tokens, then diverges
 
 SHARED = 4
 LENGTHS = torch.tensor([[12], [6], [9], [7]])
@@ -1197,7 +1204,7 @@ def tax_on_shared_tokens(loss, advantages, shared_ratio=1.1, spread=0.5, clip=(0
     return float(sum(pushes).norm() / size)
 
 
-@pytest.mark.parametrize("loss", GROUP_CLIPPED)
+@pytest.mark.parametrize("loss", ["grpo-fix", "dfpo-min", "dfpo-orth"])
 def test_shared_tokens_cancel_under_the_papers_losses_off_policy_and_just_inside_the_group_clip(loss):
     for shared_ratio in (0.5, 1.1, 2.0):
         assert tax_on_shared_tokens(loss, A, shared_ratio, clip=NO_CLIP) < CANCELS
@@ -1218,7 +1225,7 @@ def test_shared_tokens_pay_under_grpo_where_the_clip_takes_one_sign_only():
 
 
 @pytest.mark.parametrize("advantages, taxed", [(A, False), (A / LENGTHS, True)])
-def test_shared_tokens_pay_for_a_length_normalisation_even_on_policy_and_the_residual_says_so(advantages, taxed):
+def test_shared_tokens_pay_for_a_length_normalisation_on_policy_and_the_residual_says_so(advantages, taxed):
     tax = tax_on_shared_tokens("grpo", advantages, shared_ratio=1.0, spread=0.0)
     ids = torch.arange(48).view(4, 12)
     ids[:, :SHARED] = ids[0, :SHARED]
@@ -1271,7 +1278,8 @@ def train(folder, data, out, flags=""):
 
 def python(*command):
     """A process of its own."""
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE)
 
 
 def spy(monkeypatch, name):
@@ -1332,8 +1340,8 @@ def test_a_run_writes_down_what_it_did_and_its_policy_is_an_ordinary_folder(fini
     records = read(finished / "responses.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert "eval_instruction" in rows[1]
-    names = "reward instruction rubric entropy truncated zero_variance token_share tokens f1 auroc loss grad_norm "
-    names += "clip_fraction approx_kl residual seconds seconds_rollout seconds_verify seconds_update"
+    names = "reward instruction rubric entropy truncated zero_variance token_share tokens f1 auroc loss "
+    names += "grad_norm clip_fraction approx_kl residual seconds seconds_rollout seconds_verify seconds_update"
     assert set(names.split()) <= rows[0].keys()
     assert len(records) == 5
     met = 0
@@ -1349,9 +1357,8 @@ def test_a_run_writes_down_what_it_did_and_its_policy_is_an_ordinary_folder(fini
     assert not (tmp_path / "policy").exists()
 
 
-KILLED = f"""
+KILLED = """
 import os, sys
-sys.path.insert(0, {str(HERE)!r})
 import rtt
 real = rtt.train_step
 calls = []
@@ -1365,9 +1372,7 @@ rtt.main(sys.argv[1:])
 """
 
 
-def test_trap_14_no_warning_and_a_run_killed_and_resumed_equals_a_whole_one_to_the_bit(
-    folder, data, finished, tmp_path
-):
+def test_trap_14_no_warning_and_a_run_killed_and_resumed_to_the_bit(folder, data, finished, tmp_path):
     out = tmp_path / "run"
     killed = python("-c", KILLED, *small_run(folder, data, out, "--steps 4 --eval-every 2"))
     assert killed.returncode == -9
@@ -1415,7 +1420,7 @@ def page_data(path):
     return json.loads(data[0])
 
 
-def test_criteria_in_words_are_judged_in_a_run_and_a_file_keeps_its_last_tenth_for_measuring(folder, tmp_path):
+def test_criteria_in_words_are_judged_in_a_run_and_a_file_keeps_its_last_tenth_held_out(folder, tmp_path):
     nasty = '</script><b>"Hi"</b> \u2028 שלום 😀 <!--'  # it must not break the page
     rows = [dict(ROW, prompt=f"Tell {n}. {nasty}", rubrics=["is kind"]) for n in range(20)]
     rtt.write_rows(tmp_path / "a.jsonl", rows)
@@ -1561,18 +1566,27 @@ def test_the_snippets_of_the_readme_run_and_say_what_is_so(capsys):
 
 def globals_of(table):
     """The names outside of a function or class that it needs, builtins aside."""
-    names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
-    return names.union(*map(globals_of, table.get_children())) - set(dir(builtins))
+    names = set()
+    for symbol in table.get_symbols():
+        if symbol.is_global() and symbol.is_referenced():
+            names.add(symbol.get_name())
+    for inner in table.get_children():
+        names |= globals_of(inner)
+    return names - set(dir(builtins))
 
 
 def test_each_piece_to_lift_is_named_with_all_that_it_needs():
     source = (HERE / "rtt.py").read_text(encoding="utf-8")
-    pieces = {table.get_name(): globals_of(table) for table in symtable.symtable(source, "", "exec").get_children()}
+    pieces = {}
+    for table in symtable.symtable(source, "", "exec").get_children():
+        pieces[table.get_name()] = globals_of(table)
     section = (HERE / "README.md").read_text(encoding="utf-8").partition("## Lift a piece")[2]
     lines = section.partition("\n\n`verify`")[0].split("\n- ")[1:]
     assert len(lines) == 5
     for line in lines:
-        named = {name.split()[-1].split(".")[-1] for name in re.findall("`(.*?)`", line)} | {"torch"}
+        named = {"torch"}
+        for name in re.findall("`(.*?)`", line):
+            named.add(name.split()[-1].split(".")[-1])
         given = named - pieces.keys() if line.startswith("Alone") else named
         for name in named & pieces.keys():
             assert pieces[name] <= given, name
@@ -1589,10 +1603,11 @@ def test_the_tables_of_the_committed_results_are_in_their_text(capsys, tmp_path)
 
 def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds():
     assert compare.flags_of("base+alpha=0+clip=1~inf") == ["--alpha", "0", "--clip", "1", "inf"]
-    assert compare.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
-    assert compare.halves([(0, 0.1), (50, 0.2), (100, 0.4), (150, 0.6), (200, 0.8)]) == pytest.approx((30, 70))
+    mean, half_width = compare.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half_width == pytest.approx(4.30 / math.sqrt(3))
     levels = dict(instruction=50.0, rubric=80.0, goal=None, entropy=1.0, residual=0.0, seconds=1.0)
-    early_and_late = ([0.1, 0.2, 0.4], [0.1, 0.3, 0.7])
-    one, other = [levels | dict(curve=list(zip([0, 50, 100], curve))) for curve in early_and_late]
-    row = compare.cells("other", [other, other], [one, one])
+    first = dict(levels, curve=[[0, 0.1], [50, 0.2], [100, 0.4]])
+    better = dict(levels, curve=[[0, 0.1], [50, 0.3], [100, 0.7]])
+    row = compare.cells("better", [better, better], [first, first])
     assert row[1:5] == ["30.0 ± 0.0", "+10.0 ± 0.0", "70.0 ± 0.0", "+30.0 ± 0.0"]
