@@ -228,14 +228,11 @@ punctuation:no_comma {}
 
 def unmark(marked):
     """"a ⟦lamp⟧" -> "a lamp", [(2, 6)]"""
-    text = ""
     spans = []
-    for piece in re.split("(⟦.*?⟧)", marked, flags=re.DOTALL):
-        inner = piece.strip("⟦⟧")
-        if piece != inner:
-            spans.append((len(text), len(text) + len(inner)))
-        text += inner
-    return text, spans
+    for n, match in enumerate(re.finditer("⟦(.*?)⟧", marked, flags=re.DOTALL)):
+        start = match.start() - 2 * n  # without the brackets before it
+        spans.append((start, start + len(match[1])))
+    return re.sub("[⟦⟧]", "", marked), spans
 
 
 def read_table():
@@ -305,20 +302,13 @@ def test_trap_16_a_thought_is_not_judged_and_evidence_counts_from_its_beginning(
         assert rtt.verify(NO_COMMA, still_open) == (False, [(len(still_open), len(still_open))])
 
 
-# ---- Tasks
-
 ROW = dict(prompt="Tell a story.", instruction_id_list=["punctuation:no_comma"], kwargs=[{}])
 
 
 def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path, capsys):
-    row = dict(
-        key=1,
-        prompt="Go.",
-        instruction_id_list=["length_constraints:number_words", "punctuation:no_comma"],
-        kwargs=[dict(num_words=3.0, relation="at least", keywords=None, frequency=2), None],
-        rubrics=["is kind"],
-        ground_truth="{}",
-    )
+    row = dict(ROW, key=1, rubrics=["is kind"], ground_truth="{}")
+    row["instruction_id_list"] = ["length_constraints:number_words", "punctuation:no_comma"]
+    row["kwargs"] = [dict(num_words=3.0, relation="at least", keywords=None, frequency=2), None]
     path = tmp_path / "a.jsonl"
     rtt.write_rows(path, [row, row])
     tasks = rtt.load_tasks(path)
@@ -851,16 +841,14 @@ def test_permuting_the_group_permutes_the_advantages(partition):
 def test_trap_1_reshape_for_permute_mixes_the_rubrics_of_different_responses():
     """The authors' release turns [G, K, T] into [K, G, T] by reshape; that is another, wrong, number."""
     verdicts, relevance, _ = random_group()
+    everywhere = torch.ones(4, 6)
     reward = verdicts[..., None] * relevance  # [G, K, T]
-
-    def inter(reward):
-        """[K, G, T] -> [G, T]"""
-        rows = [normalize(of_rubric.flatten().tolist(), 0.1) for of_rubric in reward]
-        return torch.tensor(rows).mean(0).view(4, 6)
-
-    advantage = rtt.token_advantage(verdicts, relevance, torch.ones(4, 6), "inter")
-    assert_close(advantage, inter(reward.permute(1, 0, 2)))
-    assert (advantage - inter(reward.reshape(3, 4, 6))).abs().max() > 0.1
+    mixed = reward.reshape(3, 4, 6).permute(1, 0, 2)  # not what stood there: [G, K, T] again
+    advantage = rtt.token_advantage(verdicts, relevance, everywhere, "inter")
+    right = slow_token_advantage(torch.ones(4, 3), reward, everywhere, "inter")
+    wrong = slow_token_advantage(torch.ones(4, 3), mixed, everywhere, "inter")
+    assert_close(advantage, right)
+    assert (advantage - wrong).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
@@ -1009,7 +997,7 @@ def slow_coef(logprobs, old, advantages, mask, G, loss, low, high):
 
 
 @pytest.mark.parametrize("token_level", [False, True])
-# What leaves the first range: a token of each group, but not all responses; the second, less; the last, nothing.
+# What leaves the first range: tokens of each group, not all responses; the second, less; the last, nothing.
 @pytest.mark.parametrize("clip", [(0.2, 0.3), (0.35, 0.6), (1.0, math.inf)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_coef_is_the_table_of_the_losses_and_minus_the_gradient(loss, clip, token_level):
@@ -1341,7 +1329,7 @@ def test_a_run_writes_down_what_it_did_and_its_policy_is_an_ordinary_folder(fini
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert "eval_instruction" in rows[1]
     names = "reward instruction rubric entropy truncated zero_variance token_share tokens f1 auroc loss "
-    names += "grad_norm clip_fraction approx_kl residual seconds seconds_rollout seconds_verify seconds_update"
+    names += "grad_norm clip_fraction approx_kl residual seconds"
     assert set(names.split()) <= rows[0].keys()
     assert len(records) == 5
     met = 0
@@ -1483,7 +1471,6 @@ def test_explain_shows_the_tensors_of_each_section_and_keeps_the_page(data, tmp_
     sums = [float(value) for value in re.findall("cancel: ([-+.0-9]+)", said)]
     assert abs(sums[1]) < 1e-4 and abs(sums[2]) < 1e-4  # min_replace and adv_orthogonal
     assert page_data(tmp_path / "credit.html")["groups"][0]["ids"]
-    assert not (tmp_path / "policy").exists()
 
 
 def test_the_embedded_settings_hold_only_without_another_model():
@@ -1543,7 +1530,6 @@ def test_trap_13_a_model_that_is_of_no_use_or_could_run_code_is_one_line(folder,
     config.quantization_config = dict(quant_method="awq", bits=4)
     config.save_pretrained(bad)
     assert "quantised" in refused(capsys, *command)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_trap_18_cudnn_attention_is_off(capsys):
