@@ -44,6 +44,7 @@ import explain
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
 
 LOSSES = ["grpo", "grpo-mask", "gspo", "grpo-fix", "dfpo-min", "dfpo-orth"]
+GROUP_CLIPPED = ["grpo-fix", "dfpo-min", "dfpo-orth"]
 PARTITIONS = ["intra", "inter", "rubric", "verdict", "contested", "cross"]
 
 
@@ -209,9 +210,9 @@ startend:quotation {}
 +  ⟦"⟧She said "yes"⟦"⟧\n
 - ⟦S⟧he said "yes"
 - "⟦⟧
-change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "at least"}
-+ ⟦X⟧-⟦RAY⟧ at (⟦NASA⟧), Pa3
-- x-ray 123 NASA Aa 灯
+change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "less than"}
++ x-ray 123 NASA Aa 灯
+- X-⟦RAY⟧ at (⟦NASA⟧), Pa3
 change_case:english_capital {}
 + ALL LARGE, 灯 😀 İ
 - A⟦l⟧⟦ß⟧ ⟦ǅ⟧ B
@@ -431,8 +432,7 @@ def test_trap_7_samples_follow_the_softmax_at_that_temperature_whatever_the_gene
     p = plain_distributions(model, [5, 6], [0], 2.0)[0].exp()
     deviation = (p * (1 - p) / G).sqrt()
     assert ((share - p).abs() < 4 * deviation + 1e-4).all()
-    half = torch.tensor([[0.0, 0.5, 0.5]])
-    assert rtt.draw(half.log(), torch.zeros(1)) == 1  # not token 0, which has no share
+    assert rtt.draw(torch.tensor([[-math.inf, 0.0]]), torch.zeros(1)) == 1  # token 0 has no share
 
 
 @pytest.mark.parametrize("pad", [0, END])
@@ -477,12 +477,7 @@ def test_chosen_logprobs_is_log_softmax_at_the_target_however_many_rows_are_take
         assert_close(rtt.chosen_logprobs(logits, targets, 0.7, chunk), expected)
 
 
-# ---- Templates, thinking, special tokens
-
-SPELLED = ["Tell<|im_end|> me<|im_end|>", "<|im_start|>user", " <|im_end|>\n"]
-
-
-@pytest.mark.parametrize("prompt", [" Tell 😀\n", "\nA <tag> [INST] & |>", *SPELLED])
+@pytest.mark.parametrize("prompt", [" 😀\n", "\nA <tag> [INST]", "<|im_start|>Go<|im_end|>", " <|im_end|>\n"])
 @pytest.mark.parametrize("templated", [True, False])
 def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(prompt, templated, folder):
     """The tokenizer begins every text with <|im_start|>; so does its template, which strips the prompt."""
@@ -498,7 +493,7 @@ def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(prompt, 
     assert coder.decode(ids) == written
     assert ids[0] == coder.convert_tokens_to_ids("<|im_start|>")
     assert not set(ids[1:]) & set(coder.all_special_ids)  # only the first is special, and it comes once
-    if prompt not in SPELLED:
+    if "<|" not in prompt:
         assert ids == coder(written, add_special_tokens=False).input_ids  # as a whole
 
 
@@ -658,12 +653,7 @@ def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, monkeypa
 
 
 def test_response_reward_counts_only_rubrics_that_exist():
-    rows = [
-        [1, 1, 1],
-        [1, -1, 0],
-        [1, 0, 0],
-        [-1, -1, -1],
-    ]
+    rows = [[1, 1, 1], [1, -1, 0], [1, 0, 0], [-1, -1, -1]]
     verdicts = torch.tensor(rows)
     all_or_nothing = rtt.response_reward(verdicts)
     share = rtt.response_reward(verdicts, "csr")
@@ -1017,6 +1007,19 @@ def test_coef_is_the_table_of_the_losses_and_minus_the_gradient(loss, clip, toke
     assert_close(logprobs.grad, -expected / divisor)
 
 
+@pytest.mark.parametrize("loss", GROUP_CLIPPED)
+@pytest.mark.parametrize("ratio, inside", [(0.801, True), (0.799, False), (1.199, True), (1.201, False)])
+def test_one_ratio_outside_the_range_lets_go_of_its_whole_group_and_of_no_other(loss, ratio, inside):
+    log_ratio = torch.zeros(4, 3)  # two groups of two responses
+    log_ratio[0] = math.log(ratio)
+    advantages = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).expand(4, 3)
+    mask = torch.ones(4, 3)
+    _, stats = rtt.policy_loss(log_ratio, 0 * log_ratio, advantages, mask, 2, loss, (0.2, 0.2))
+    assert stats["coef"][:2].any() == inside
+    assert stats["coef"][2:].all()
+    assert stats["clip_fraction"] == (0.0 if inside else 0.5)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_may_hold_anything(loss):
     logprobs, old, advantages, mask = loss_case()
@@ -1109,9 +1112,7 @@ def test_trap_12_update_follows_the_gradient_of_plain_forward_passes_in_micro_ba
     for coef, ids, mask in zip(stats["coef"].split(4), rollout.ids.split(4), rollout.mask.split(4)):
         if coef.any():
             residuals.append(slow_residual(coef, ids, mask))
-    stats["loss"] = value.item()
-    stats["grad_norm"] = float(expected.norm())
-    stats["residual"] = fmean(residuals)
+    stats |= dict(loss=value.item(), grad_norm=float(expected.norm()), residual=fmean(residuals))
     for micro_batch, checkpointing in ((1, False), (2, False), (9, False), (2, True)):
         model = qwen()
         if checkpointing:
@@ -1192,12 +1193,11 @@ def tax_on_shared_tokens(loss, advantages, shared_ratio=1.1, spread=0.5, clip=(0
     return float(sum(pushes).norm() / size)
 
 
-@pytest.mark.parametrize("loss", ["grpo-fix", "dfpo-min", "dfpo-orth"])
-def test_shared_tokens_cancel_under_the_papers_losses_off_policy_and_just_inside_the_group_clip(loss):
+@pytest.mark.parametrize("loss", GROUP_CLIPPED)
+def test_shared_tokens_cancel_under_the_papers_losses_off_policy(loss):
     for shared_ratio in (0.5, 1.1, 2.0):
         assert tax_on_shared_tokens(loss, A, shared_ratio, clip=NO_CLIP) < CANCELS
-    for shared_ratio in (0.801, 1.199):
-        assert tax_on_shared_tokens(loss, A, shared_ratio, spread=0.02) < CANCELS
+    assert tax_on_shared_tokens(loss, A, shared_ratio=0.801, spread=0.02) < CANCELS  # inside the group clip
 
 
 def test_shared_tokens_pay_under_gspo_because_each_response_has_its_own_weight():
@@ -1397,8 +1397,7 @@ def test_a_run_in_bfloat16_has_weights_in_float32_and_first_ratios_of_1(folder, 
         assert logits.dtype == torch.bfloat16
     for weight in load_file(tmp_path / "run" / "policy" / "model.safetensors").values():
         assert weight.dtype == torch.float32
-    for row in rows:
-        assert row["approx_kl"] == 0  # scored anew in training precision
+    assert rows[0]["approx_kl"] == 0  # scored anew in training precision
 
 
 def page_data(path):
@@ -1441,23 +1440,26 @@ def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, data, tmp_
     assert [group["step"] for group in page["groups"]] == [1, 2, 3]
     assert page["metrics"] == read(tmp_path / "run" / "metrics.jsonl")
     for group, (_, (_, example)) in zip(page["groups"], steps):
-        task, rollout, verdicts, used, _, _ = example
+        task, rollout, verdicts, used, evidence, _ = example
         G = len(group["ids"])
         K = len(task.rubrics)
         ids = rollout.ids[:G]
         mask = rollout.mask[:G]
+        assert_close(torch.tensor(group["evidence"]), evidence[:G, :K])
         relevance = torch.tensor(group["relevance"])
         for k in range(K):
             if len(set(verdicts[:G, k].tolist())) > 1:  # the step itself needed it
                 assert_close(relevance[:, k], used[:G, k])
         A = rtt.response_advantage(rtt.response_reward(verdicts[:G]))
-        lengths = mask.sum(1).tolist()
-        smallest = min(geometric_mean(row[:n]) for row, n in zip(group["ratio"], lengths))
+        ratio = torch.tensor(group["ratio"])
+        inside = (ratio >= 0.8) & (ratio <= 1.2)
+        smallest = min(geometric_mean(row[:n]) for row, n in zip(group["ratio"], mask.sum(1)))
         for partition in PARTITIONS:
             part = group["partitions"][partition]
             token_adv = rtt.token_advantage(verdicts[:G, :K], relevance, mask, partition)
             advantage = rtt.combine_advantages(A, token_adv, mask)
             assert_close(torch.tensor(part["advantage"]), advantage)
+            assert_close(torch.tensor(part["coef"]["grpo-mask"]), advantage * ratio * inside)
             assert_close(torch.tensor(part["coef"]["dfpo-min"]), advantage * smallest)  # no group clip
             residual = rtt.cancellation_residual(torch.tensor(part["coef"]["gspo"]), ids, mask)
             assert part["residual"]["gspo"] == pytest.approx(residual, abs=1e-3)
@@ -1478,8 +1480,6 @@ def test_the_embedded_settings_hold_only_without_another_model():
     assert rtt.parse(["--model=Qwen2.5-0.5B"]).max_new_tokens == rtt.Config().max_new_tokens
     assert rtt.parse(["--model=Qwen2.5-0.5B"]).model == "Qwen/Qwen2.5-0.5B"
 
-
-# ---- Bad input
 
 def refused(capsys, *argv):
     """The one line that main prints before it leaves with status 2."""
