@@ -7,7 +7,6 @@ A test whose name begins with test_trap holds a mistake that was found in a real
 """
 
 import builtins
-import io
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, geometric_mean, pstdev
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test waits for the hub
-os.environ["OMP_NUM_THREADS"] = "1"  # models this small gain nothing from more, and equal runs need equal numbers
+os.environ["OMP_NUM_THREADS"] = "1"  # equal runs need equal numbers of threads
 
 import filelock
 import pytest
@@ -31,7 +30,8 @@ from torch.nn.utils import parameters_to_vector
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
-from transformers import MambaConfig, MambaForCausalLM, PhimoeConfig, PhimoeForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, PhimoeConfig, PhimoeForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rtt
 
@@ -41,10 +41,7 @@ import compare
 import explain
 
 # test_trap_14: transformers moves; whatever will be gone in its next release is an error here.
-pytestmark = [
-    pytest.mark.filterwarnings("error::FutureWarning"),
-    pytest.mark.filterwarnings("error::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
 
 LOSSES = ["grpo", "grpo-mask", "gspo", "grpo-fix", "dfpo-min", "dfpo-orth"]
 GROUP_CLIPPED = ["grpo-fix", "dfpo-min", "dfpo-orth"]
@@ -121,20 +118,12 @@ def folder(tokenizer, tmp_path_factory):
     return path
 
 
-def load(folder, tasks=(rtt.Task("Tell.", []),), *flags):
-    """The Models of a run."""
-    flags = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "64", *flags]
-    return rtt.load_models(list(tasks), rtt.parse(flags))
-
-
 def flat_gradient(value, model):
     gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-# ==================================================================================================
-# 1. Rubrics
-# ==================================================================================================
+# ======== 1. Rubrics =============================================================================
 
 # For each id and its arguments, responses that satisfy ("+") or violate it ("-"), their evidence in
 # brackets. An empty bracket at the end is the evidence of the end token. \n is a new line.
@@ -145,9 +134,6 @@ keywords:existence {"keywords": ["lamp", "key"]}
 keywords:forbidden_words {"forbidden_words": ["dog", "élan"]}
 + A hotdog and a doghouse.
 - The ⟦Dog⟧'s ⟦dog⟧-house, 😀 ⟦Élan⟧
-keywords:frequency {"keyword": "ow", "frequency": 2, "relation": "at least"}
-+ The c⟦ow⟧, the ⟦OW⟧l.
-- The cow.
 keywords:frequency {"keyword": "ow", "frequency": 2, "relation": "less than"}
 + The cow.
 - The cow, the ⟦ow⟧l, n⟦ow⟧.
@@ -163,8 +149,7 @@ language:response_language {"language": "ja"}
 + ⟦東⟧⟦京⟧⟦へ⟧
 - 东京
 length_constraints:number_sentences {"num_sentences": 2, "relation": "at least"}
-+ One⟦.⟧ Two⟦!?⟧
-+ "One⟦.⟧" Two⟦...⟧
++ "One⟦.⟧" Two⟦!?⟧
 + One⟦.⟧ Two⟦⟧
 - In 3.50 no more of rtt.py⟦⟧
 length_constraints:number_sentences {"num_sentences": 2, "relation": "less than"}
@@ -225,12 +210,9 @@ startend:quotation {}
 +  ⟦"⟧She said "yes"⟦"⟧\n
 - ⟦S⟧he said "yes"
 - "⟦⟧
-change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "at least"}
-+ ⟦X⟧-⟦RAY⟧ at (⟦NASA⟧), Pa3
-- x-ray 123 NASA Aa 灯
 change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "less than"}
-+ NASA
-- A ⟦B⟧,⟦C⟧
++ x-ray 123 NASA Aa 灯
+- X-⟦RAY⟧ at (⟦NASA⟧), Pa3
 change_case:english_capital {}
 + ALL LARGE, 灯 😀 İ
 - A⟦l⟧⟦ß⟧ ⟦ǅ⟧ B
@@ -247,14 +229,11 @@ punctuation:no_comma {}
 
 def unmark(marked):
     """"a ⟦lamp⟧" -> "a lamp", [(2, 6)]"""
-    text = ""
     spans = []
-    for piece in re.split("(⟦.*?⟧)", marked, flags=re.DOTALL):
-        inner = piece.strip("⟦⟧")
-        if piece != inner:
-            spans.append((len(text), len(text) + len(inner)))
-        text += inner
-    return text, spans
+    for n, match in enumerate(re.finditer("⟦(.*?)⟧", marked, flags=re.DOTALL)):
+        start = match.start() - 2 * n  # without the brackets before it
+        spans.append((start, start + len(match[1])))
+    return re.sub("[⟦⟧]", "", marked), spans
 
 
 def read_table():
@@ -276,19 +255,12 @@ CASES = read_table()
 def test_every_verifier_has_cases_of_both_verdicts():
     covered = {(rubric.id, verdict.satisfied) for rubric, _, verdict in CASES}
     for rubric_id in rtt.VERIFIERS:
-        assert (rubric_id, True) in covered
-        assert (rubric_id, False) in covered
+        assert {(rubric_id, True), (rubric_id, False)} <= covered
 
 
 @pytest.mark.parametrize("rubric, text, verdict", CASES)
 def test_verdict_and_evidence(rubric, text, verdict):
     assert rtt.verify(rubric, text) == verdict
-
-
-@pytest.mark.parametrize("text", ["", " \n\t"])
-def test_an_empty_response_satisfies_nothing_and_the_end_token_is_to_blame(text):
-    for rubric, _, _ in CASES:
-        assert rtt.verify(rubric, text) == (False, [(len(text), len(text))])
 
 
 # Pieces that verifiers stumble over, and what they look for.
@@ -298,6 +270,8 @@ PIECES = [
     *("***", "******", "*", "\n\n", "x", "[", "]", "[a]", "SECTION 1", "3", "'s ", "{", "}", "[1]", "\0"),
     *("```json\n", "```", "My answer is no.", 'Say "hi".', "東", "へ", "привет ", "नमस्ते "),
 ]
+
+
 @pytest.mark.parametrize("rubric, example, _", CASES)
 def test_fuzzed_evidence_lies_in_the_text_and_removing_it_ends_a_satisfied_verdict(rubric, example, _):
     rng = random.Random(0)
@@ -329,37 +303,15 @@ def test_trap_16_a_thought_is_not_judged_and_evidence_counts_from_its_beginning(
         assert rtt.verify(NO_COMMA, still_open) == (False, [(len(still_open), len(still_open))])
 
 
-# --------------------------------------------------------------------------------------------------
-# Tasks
-
-
 ROW = dict(prompt="Tell a story.", instruction_id_list=["punctuation:no_comma"], kwargs=[{}])
 
 
-def write_rows(path, *rows):
-    lines = [json.dumps(row) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
-
-
-def make_task(tmp_path, *rules, criteria=(), prompt="p"):
-    """The Task of these (rubric id, kwargs) and criteria in words, as a data file gives it."""
-    row = dict(prompt=prompt, rubrics=list(criteria))
-    row["instruction_id_list"] = [rubric_id for rubric_id, _ in rules]
-    row["kwargs"] = [kwargs for _, kwargs in rules]
-    return rtt.load_tasks(write_rows(tmp_path / "task.jsonl", row))[0]
-
-
 def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path, capsys):
-    row = dict(
-        key=1,
-        prompt="Go.",
-        instruction_id_list=["length_constraints:number_words", "punctuation:no_comma"],
-        kwargs=[dict(num_words=3.0, relation="at least", keywords=None, frequency=2), None],
-        rubrics=["is kind"],
-        ground_truth="{}",
-    )
-    path = write_rows(tmp_path / "a.jsonl", row, row)
+    row = dict(ROW, key=1, rubrics=["is kind"], ground_truth="{}")
+    row["instruction_id_list"] = ["length_constraints:number_words", "punctuation:no_comma"]
+    row["kwargs"] = [dict(num_words=3.0, relation="at least", keywords=None, frequency=2), None]
+    path = tmp_path / "a.jsonl"
+    rtt.write_rows(path, [row, row])
     tasks = rtt.load_tasks(path)
     words, no_comma, kind = tasks[1].rubrics
     arguments = dict(num_words=3, relation="at least")
@@ -370,17 +322,6 @@ def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path
     assert "a.jsonl" in line and "ground_truth" in line and "key" not in line
     with pytest.raises(ValueError, match="needs a judge"):
         rtt.verify(kind, "Hi.")
-
-
-def refused(capsys, *argv):
-    """The one line that main prints before it leaves with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        rtt.main([str(arg) for arg in argv])
-    err = capsys.readouterr().err.strip()
-    assert exit.value.code == 2
-    assert err.startswith("rtt.py: ") and "\n" not in err
-    return err
 
 
 BAD_ROWS = {
@@ -394,32 +335,31 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("reason", BAD_ROWS)
-def test_a_bad_row_is_one_line_that_names_file_and_line(reason, tmp_path, capsys, monkeypatch):
+def test_a_bad_row_is_named_by_file_and_line(reason, tmp_path):
     bad = BAD_ROWS[reason]
-    path = write_rows(tmp_path / "train.jsonl", ROW)
-    with path.open("a") as file:
-        file.write(bad if isinstance(bad, str) else json.dumps(bad))
-    write_rows(tmp_path / "eval.jsonl", ROW)
-    monkeypatch.setattr(rtt, "load_models", None)  # no model is loaded
-    said = refused(capsys, "--data", tmp_path, "--out", tmp_path / "run")
-    assert f"{path}:2: " in said
-    assert reason in said
+    line = bad if isinstance(bad, str) else json.dumps(bad)
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(ROW)}\n{line}")
+    with pytest.raises(rtt.BadInput) as error:
+        rtt.load_tasks(path)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert reason in str(error.value)
 
 
 def test_a_name_that_is_no_file_is_asked_of_the_hub(monkeypatch):
-    import datasets
-
     def load_dataset(name, split):
         return [dict(ROW, prompt=f"{name} {split}")]
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert rtt.load_tasks("google/IFEval")[0].prompt == "google/IFEval train"
 
 
 def test_trap_13_no_code_of_a_data_file_runs(tmp_path):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
-    path = write_rows(tmp_path / "a.jsonl", dict(ROW, kwargs=[dict(func=code)], functions=[code]))
-    [rubric] = rtt.load_tasks(path)[0].rubrics
+    row = dict(ROW, kwargs=[dict(func=code)], functions=[code])
+    rtt.write_rows(tmp_path / "a.jsonl", [row])
+    [task] = rtt.load_tasks(tmp_path / "a.jsonl")
+    [rubric] = task.rubrics
     assert rubric == NO_COMMA
     assert not rtt.verify(rubric, code).satisfied
     assert not (tmp_path / "ran").exists()
@@ -427,9 +367,7 @@ def test_trap_13_no_code_of_a_data_file_runs(tmp_path):
     assert not re.search(r"(?<![.\w])(eval|exec)\(|trust_remote_code=True|import pickle", source)
 
 
-# ==================================================================================================
-# 2. Rollouts
-# ==================================================================================================
+# ======== 2. Rollouts ============================================================================
 
 PROMPTS = [[5, 6], [7, 8, 9, 10, 11, 12, 13], [14]]
 
@@ -438,18 +376,18 @@ def roll(model, prompts=PROMPTS, G=4, T=12, temperature=1.0, pad=0, seeds=(0, 1,
     return rtt.sample(model, prompts, G, T, temperature, (END, OTHER_END), pad, list(seeds))
 
 
-def responses_of(rollout, prompts=PROMPTS):
+def responses_of(rollout):
     """(prompt, response without padding) of each of the N rows."""
-    G = len(rollout.ids) // len(prompts)
+    G = len(rollout.ids) // len(PROMPTS)
     pairs = []
     for i, ids in enumerate(rollout.ids.tolist()):
         length = int(rollout.mask[i].sum())
-        pairs.append((prompts[i // G], ids[:length]))
+        pairs.append((PROMPTS[i // G], ids[:length]))
     return pairs
 
 
 def plain_distributions(model, prompt, response, temperature):
-    """No padding, no cache, no batch: log-probabilities [n, V] where the response's n tokens are predicted."""
+    """No padding, cache or batch: log-probabilities [n, V] where the response's n tokens are predicted."""
     logits = model(torch.tensor([prompt + response])).logits[0]
     return (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
 
@@ -476,53 +414,42 @@ def test_trap_7_sampler_and_scorer_agree_with_a_plain_forward_pass(make_model, t
     assert not single[rollout.mask == 0].any()
     for i, (prompt, response) in enumerate(responses_of(rollout)):
         n = len(response)
-        expected = plain_logprobs(model, prompt, response, temperature)
         logp = plain_distributions(model, prompt, response, temperature)
+        expected = logp[range(n), response]
         assert_close(rollout.logprobs[i, :n], expected, 1e-4)
         assert_close(shared[i, :n], expected, 1e-4)
         assert_close(single[i, :n], expected, 1e-4)
         assert_close(rollout.entropy[i, :n], -(logp.exp() * logp).sum(-1), 1e-4)
 
 
-def test_trap_7_sampling_ignores_the_generation_config():
-    model = qwen()
-    expected = roll(model).ids
-    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=9.0)
-    assert torch.equal(roll(model).ids, expected)
-
-
 @torch.no_grad()
-def test_sampled_tokens_follow_the_softmax_at_that_temperature():
+def test_trap_7_samples_follow_the_softmax_at_that_temperature_whatever_the_generation_config_says():
     model = qwen()
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=9.0)
     G = 20_000
-    first = roll(model, [[5, 6]], G, T=1, temperature=2.0, seeds=[0]).ids[:, 0]
+    rollout = roll(model, [[5, 6]], G, T=1, temperature=2.0, seeds=[0])
+    share = rollout.ids[:, 0].bincount(minlength=23) / G
     p = plain_distributions(model, [5, 6], [0], 2.0)[0].exp()
     deviation = (p * (1 - p) / G).sqrt()
-    assert ((first.bincount(minlength=23) / G - p).abs() < 4 * deviation + 1e-4).all()
-
-
-def test_draw_gives_each_token_its_share_of_the_unit_interval():
-    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
-    uniform = (torch.arange(1000) + 0.5) / 1000
-    tokens = rtt.draw(p.log().expand(1000, -1), uniform)
-    assert tokens.bincount(minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
-    assert rtt.draw(p.log()[None], torch.zeros(1)) == 1  # not token 0, which has no share
+    assert ((share - p).abs() < 4 * deviation + 1e-4).all()
+    assert rtt.draw(torch.tensor([[-math.inf, 0.0]]), torch.zeros(1)) == 1  # token 0 has no share
 
 
 @pytest.mark.parametrize("pad", [0, END])
 def test_trap_8_end_tokens_are_in_the_mask_and_the_pad_token_confuses_nothing(pad):
     rollout = roll(qwen(), G=16, pad=pad)
+    ends = {END, OTHER_END}
     last = set()
     for i, (_, response) in enumerate(responses_of(rollout)):
         n = len(response)
-        assert rollout.mask[i].tolist() == [1] * n + [0] * (rollout.mask.shape[1] - n)
+        assert rollout.mask[i, :n].all()
         assert (rollout.ids[i, n:] == pad).all()
-        assert not {END, OTHER_END} & set(response[:-1])
-        assert rollout.truncated[i] == (response[-1] not in (END, OTHER_END))
+        assert not ends & set(response[:-1])
+        assert rollout.truncated[i] == (response[-1] not in ends)
         assert n == 12 or not rollout.truncated[i]
         assert not rollout.logprobs[i, n:].any()
         last.add(response[-1])
-    assert {END, OTHER_END} < last
+    assert ends < last
     assert rollout.truncated.any()
 
 
@@ -542,87 +469,56 @@ def test_trap_9_samples_of_a_prompt_do_not_depend_on_the_rest_of_the_batch(make_
         roll(model, seeds=range(12))  # one a prompt, not one a response
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 512])
-def test_chosen_logprobs_is_log_softmax_at_the_target(chunk):
-    logits = (4 * torch.randn(7, 11)).requires_grad_()
+def test_chosen_logprobs_is_log_softmax_at_the_target_however_many_rows_are_taken_at_a_time():
+    logits = 4 * torch.randn(7, 11)
     targets = torch.randint(11, (7,))
-    push = torch.randn(7)
-    chosen = rtt.chosen_logprobs(logits, targets, 0.7, chunk)
-    plain = (logits / 0.7).log_softmax(1)[range(7), targets]
-    assert_close(chosen, plain)
-    [gradient] = torch.autograd.grad((chosen * push).sum(), logits)
-    [expected] = torch.autograd.grad((plain * push).sum(), logits)
-    assert_close(gradient, expected)
+    expected = (logits / 0.7).log_softmax(1)[range(7), targets]
+    for chunk in (1, 3, 512):
+        assert_close(rtt.chosen_logprobs(logits, targets, 0.7, chunk), expected)
 
 
-# --------------------------------------------------------------------------------------------------
-# Templates, thinking, special tokens
-
-
-@pytest.fixture
-def coder(folder):
-    """A tokenizer that begins every text with <|im_start|>, as does its template, which strips the prompt."""
+@pytest.mark.parametrize("prompt", [" 😀\n", "\nA <tag> [INST]", "<|im_start|>Go<|im_end|>", " <|im_end|>\n"])
+@pytest.mark.parametrize("templated", [True, False])
+def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(prompt, templated, folder):
+    """The tokenizer begins every text with <|im_start|>; so does its template, which strips the prompt."""
     coder = AutoTokenizer.from_pretrained(folder)
     begin = ("<|im_start|>", 1)
     coder.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [begin])
     coder.chat_template = "<|im_start|>[INST] {{ messages[0].content | trim }} [/INST]"
-    return coder
+    written = f"<|im_start|>[INST] {prompt.strip()} [/INST]"
+    if not templated:
+        coder.chat_template = None
+        written = f"<|im_start|>{prompt}"
+    ids = rtt.encode_prompt(coder, prompt)
+    assert coder.decode(ids) == written
+    assert ids[0] == coder.convert_tokens_to_ids("<|im_start|>")
+    assert not set(ids[1:]) & set(coder.all_special_ids)  # only the first is special, and it comes once
+    if "<|" not in prompt:
+        assert ids == coder(written, add_special_tokens=False).input_ids  # as a whole
 
 
-@pytest.mark.parametrize("prompt", ["Tell a story.", " Tell 😀\n", "\nA <tag> [INST] & |>"])
-def test_a_prompt_goes_through_the_chat_template_and_bos_never_comes_twice(prompt, coder):
-    text = f"<|im_start|>[INST] {prompt.strip()} [/INST]"
-    assert rtt.encode_prompt(coder, prompt) == coder(text, add_special_tokens=False).input_ids
-    coder.chat_template = None
-    assert rtt.encode_prompt(coder, prompt) == coder(prompt).input_ids
-
-
-def test_trap_15_a_turn_ends_where_the_chat_template_ends_it_though_eos_is_another(tmp_path):
-    path = shutil.copytree(HERE / "data" / "tiny", tmp_path / "base")
-    other_ends = {
-        "config.json": dict(eos_token_id=0),
-        "generation_config.json": dict(eos_token_id=0),
-        "tokenizer_config.json": dict(eos_token="<|endoftext|>"),
-    }
-    for name, end in other_ends.items():
-        values = json.loads((path / name).read_text())
-        (path / name).write_text(json.dumps(values | end))
-    policy = load(path).policy
+def test_trap_15_a_turn_ends_where_the_chat_template_ends_it_though_eos_is_another(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(tmp_path)
+    qwen(len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path)
+    policy = rtt.load_policy(tmp_path, rtt.Config(device="cpu"), torch.float32)
     assert policy.tokenizer.decode(policy.end_ids) == "<|endoftext|><|im_end|>"
     policy.tokenizer.chat_template = "<|im_start|>{{ messages[0].content }}"  # without the answer
     assert rtt.turn_end(policy.tokenizer) is None
 
 
-TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-OPEN = "{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"
-SWITCH = "{{ '<|im_start|>assistant\n<think>\n' + ('' if enable_thinking | default(true) else '\n</think>\n\n') }}"
-
-
-@pytest.mark.parametrize("template", [OPEN, SWITCH])
-def test_trap_16_thinking_is_switched_off_by_the_template_or_closed(template, folder):
+def test_trap_16_thinking_is_switched_off_by_the_template_or_closed(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TURNS + template
-    ids = rtt.encode_prompt(tokenizer, "Go.")
-    assert tokenizer.decode(ids).endswith("assistant\n<think>\n\n</think>\n\n")
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    opened = "{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}"
+    switched = "<|im_start|>assistant\n<think>\n{{ '\n</think>\n\n' if not enable_thinking | default(true) }}"
+    for ending in (opened, switched):
+        tokenizer.chat_template = turns + ending
+        ids = rtt.encode_prompt(tokenizer, "Go.")
+        assert tokenizer.decode(ids).endswith("assistant\n<think>\n\n</think>\n\n")
 
 
-@pytest.mark.parametrize("spelled", ["Tell<|im_end|> me<|im_end|>", "<|im_start|>user", " <|im_end|>\n"])
-@pytest.mark.parametrize("templated", [True, False])
-def test_trap_17_what_reads_like_a_special_token_in_a_prompt_stays_text(spelled, templated, coder):
-    written = f"<|im_start|>[INST] {spelled.strip()} [/INST]"
-    if not templated:
-        coder.chat_template = None
-        written = f"<|im_start|>{spelled}"
-    ids = rtt.encode_prompt(coder, spelled)
-    assert coder.decode(ids) == written
-    assert ids[0] == coder.convert_tokens_to_ids("<|im_start|>")
-    assert not set(ids[1:]) & set(coder.all_special_ids)  # only the first is special
-
-
-# ==================================================================================================
-# 3. Reward: characters to tokens, the judge, verdicts
-# ==================================================================================================
-
+# ======== 3. Reward: characters to tokens, the judge, verdicts ===================================
 
 def byte_tokens(tokenizer, text, rng):
     """A tokenization of the text that its tokenizer would never choose, down to single bytes."""
@@ -639,13 +535,11 @@ def byte_tokens(tokenizer, text, rng):
     return ids
 
 
-LETTERS = ["lamp", " and", " ", "a", "灯", "😀", "é", ",", " 😀", "👩‍🚀", "\n"]
-
-
 def test_trap_10_token_spans_are_the_characters_whose_bytes_a_token_holds(tokenizer):
     rng = random.Random(0)
+    pieces = ["lamp", " and", " ", "a", "灯", "😀", "é", ",", " 😀", "👩‍🚀", "\n"]
     for _ in range(60):
-        text = "".join(rng.choices(LETTERS, k=12))
+        text = "".join(rng.choices(pieces, k=12))
         owner = []  # for each byte, its character
         for place, character in enumerate(text):
             owner += [place] * len(character.encode())
@@ -657,82 +551,49 @@ def test_trap_10_token_spans_are_the_characters_whose_bytes_a_token_holds(tokeni
             expected.append((owner[start], owner[end - 1] + 1))
             start = end
         assert rtt.token_spans(tokenizer, [ids, []]) == ([text, ""], [expected, []])
+    first, second, third = "".join(tokenizer.tokenize("灯"))
+    cut_off = tokenizer.convert_tokens_to_ids(["a", first, second])  # by the length limit
+    assert rtt.token_spans(tokenizer, [cut_off]) == (["a\ufffd"], [[(0, 1), (1, 2), (1, 2)]])
 
 
-def test_token_spans_of_a_response_that_was_cut_in_a_character(tokenizer):
-    letters = tokenizer.tokenize("灯")
-    ids = tokenizer.convert_tokens_to_ids(["a", *"".join(letters)[:2]])
-    assert rtt.token_spans(tokenizer, [ids]) == (["a\ufffd"], [[(0, 1), (1, 2), (1, 2)]])
-
-
-def sentencepiece():
-    """A tokenizer as LLaMA's: a space is ▁ and is dropped before a text, unknown characters are bytes."""
-    single_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces = ["<unk>", *single_bytes, "▁", "a"]
+def test_token_spans_of_a_sentencepiece_tokenizer():
+    """As LLaMA's: a space is ▁ and is dropped before a text, unknown characters are bytes."""
+    pieces = ["<unk>", "▁", "a"]
+    for byte in range(256):
+        pieces.append(f"<0x{byte:02X}>")
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-def test_token_spans_of_a_sentencepiece_tokenizer():
-    llama = sentencepiece()
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend)
     text = " a灯"
     spans = [(0, 1), (1, 2), *[(2, 3)] * 3]  # 灯 is three bytes
     assert rtt.token_spans(llama, [llama(text).input_ids]) == ([text], [spans])
-
-
-def test_trap_10_evidence_reaches_every_token_of_a_split_character_and_no_other(tokenizer):
-    ids = byte_tokens(tokenizer, "灯a", random.Random(1))
-    split = len(ids) - 1  # tokens of the first character
-    _, [tokens] = rtt.token_spans(tokenizer, [ids])
-    assert split > 1
-    assert rtt.evidence_to_tokens([(0, 1)], tokens) == [1.0] * split + [0.0]
-    assert rtt.evidence_to_tokens([(1, 2)], tokens) == [0.0] * split + [1.0]
-    assert rtt.evidence_to_tokens([], tokens) == [0.0] * len(ids)
-    assert rtt.evidence_to_tokens([(2, 2)], [(0, 2), (2, 3)]) == [0.0, 1.0]  # the end token
-
-
-def slow_yes(judge, ids):
-    """One forward pass over one question, the softmax over the vocabulary."""
-    p = judge.model(torch.tensor([ids])).logits[0, -1].softmax(0)
-    chance = {}
-    for word in ("yes", "no"):
-        first = set()
-        for form in (word, word.capitalize(), f" {word}", f" {word.capitalize()}"):
-            first.add(judge.tokenizer(form, add_special_tokens=False).input_ids[0])
-        chance[word] = float(p[list(first)].sum())
-    return chance["yes"] / (chance["yes"] + chance["no"])
 
 
 @pytest.mark.parametrize("make_model", MODELS)
 @torch.no_grad()
 def test_the_judge_is_as_sure_as_one_forward_pass_a_question_says(tokenizer, make_model):
     judge = rtt.Policy(make_model(len(tokenizer)), tokenizer, [2])
-    questions = ["Is it kind?", "A fox, 😀, and then " * 5, "x", "The end. " * 9]
+    questions = ["Is it kind?", "A fox, 😀, and then " * 5, "x", "The end. " * 9, "A" + "😀" * 400 + "Z"]
     expected = []
     for question in questions:
-        expected.append(slow_yes(judge, rtt.encode_prompt(tokenizer, question)))
-    assert len(set(expected)) == 4
+        ids = rtt.encode_prompt(tokenizer, question)
+        if make_model is gpt2 and len(ids) > 512:  # its context: the middle is lost
+            ids = ids[:256] + ids[-256:]
+        p = judge.model(torch.tensor([ids])).logits[0, -1].softmax(0)
+        chance = {}
+        for word in ("yes", "no"):
+            first = set()
+            for form in (word, word.capitalize(), f" {word}", f" {word.capitalize()}"):
+                first.add(tokenizer(form, add_special_tokens=False).input_ids[0])
+            chance[word] = float(p[list(first)].sum())
+        expected.append(chance["yes"] / (chance["yes"] + chance["no"]))
+    assert len(set(expected)) == 5
     for batch in (1, 3, 16):
         assert_close(rtt.judge_yes(judge, questions, batch), expected)
     assert_close(rtt.judge_yes(judge, questions[::-1]), expected[::-1])
-
-
-@torch.no_grad()
-def test_a_question_longer_than_the_judges_context_loses_its_middle(tokenizer):
-    judge = rtt.Policy(gpt2(len(tokenizer)), tokenizer, [2])  # 512 positions, no more
-    question = rtt.QUESTION.format("Tell.", "A" + "😀" * 400 + "Z", "is kind")
-    row = rtt.encode_prompt(tokenizer, question)
-    assert len(row) > 512
-    assert_close(rtt.judge_yes(judge, [question]), [slow_yes(judge, row[:256] + row[-256:])])
-
-
-def test_trap_17_a_response_that_spells_a_special_token_cannot_end_the_judges_question(tokenizer):
-    question = rtt.encode_prompt(tokenizer, rtt.QUESTION.format("Go.", "Hi.<|im_end|>\nyes", "is kind"))
-    assert question.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
 
 
 def rollout_of(tokenizer, responses, ended):
@@ -746,25 +607,28 @@ def rollout_of(tokenizer, responses, ended):
     return rtt.Rollout(None, None, ids, mask, None, None, ~torch.tensor(ended))
 
 
-def test_grade_marks_the_tokens_of_the_evidence_without_encoding_again(tokenizer, tmp_path):
+def test_trap_10_grade_marks_every_token_of_a_split_character_and_no_other_without_encoding_again(tokenizer):
     text = "😀 One, two."
-    ids = byte_tokens(tokenizer, text, random.Random(2))
-    words = ("length_constraints:number_words", dict(num_words=3, relation="at least"))
-    comma = ("punctuation:no_comma", {})
-    tasks = [make_task(tmp_path, comma, words), make_task(tmp_path, comma)]
-    rollout = rollout_of(tokenizer, [ids, ids], [True, False])
+    rng = random.Random(2)
+    lamp = byte_tokens(tokenizer, "😀", rng)
+    rest = byte_tokens(tokenizer, " One, two.", rng)
+    existence = rtt.Rubric("keywords:existence", dict(keywords=["😀"]), "")
+    words = rtt.Rubric("length_constraints:number_words", dict(num_words=3, relation="at least"), "")
+    tasks = [rtt.Task("p", [existence, words]), rtt.Task("q", [NO_COMMA])]
+    rollout = rollout_of(tokenizer, [lamp + rest, lamp + rest], [True, False])
     texts, verdicts, evidence, known = rtt.grade(tokenizer, rollout, tasks)
-    commas = ["," in tokenizer.decode([i]) for i in ids]
-    nothing = [False] * len(ids)
-    assert sum(commas) == 1
+    assert len(lamp) > 1
     assert texts == [text, text]
-    assert verdicts.tolist() == [[-1, -1], [-1, 0]]
+    assert verdicts.tolist() == [[1, -1], [-1, 0]]
     assert known.tolist() == [[True, True], [True, False]]
-    assert evidence[0].tolist() == [commas + [False], nothing + [True]]  # the end token: too few words
-    assert evidence[1].tolist() == [commas + [False], nothing + [False]]
+    at_lamp = [1] * len(lamp) + [0] * len(rest)
+    at_comma = ["," in tokenizer.decode([i]) for i in lamp + rest]
+    nowhere = [0] * len(at_comma)
+    assert evidence[0].tolist() == [at_lamp + [0], nowhere + [1]]  # the end token: too few words
+    assert evidence[1].tolist() == [at_comma + [0], nowhere + [0]]
 
 
-def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, tmp_path, monkeypatch):
+def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, monkeypatch):
     asked = []
 
     def judge_yes(judge, questions):
@@ -772,12 +636,10 @@ def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, tmp_path
         return torch.tensor([0.1, 0.9])
 
     monkeypatch.setattr(rtt, "judge_yes", judge_yes)
-    rules = [
-        ("punctuation:no_comma", {}),
-        ("language:response_language", dict(language="de")),  # its letters are those of other languages
-        ("language:response_language", dict(language="ko")),
-    ]
-    task = make_task(tmp_path, *rules, criteria=["is kind"], prompt="Tell.")
+    german = rtt.make_rubric("language:response_language", dict(language="de"))  # letters that others share
+    korean = rtt.make_rubric("language:response_language", dict(language="ko"))
+    kind = rtt.Rubric(rtt.JUDGED, {}, "is kind")
+    task = rtt.Task("Tell.", [NO_COMMA, german, korean, kind])
     ids = tokenizer("A lamp, a key.").input_ids
     rollout = rollout_of(tokenizer, [ids, []], [True, True])  # an empty response satisfies nothing
     texts, verdicts, evidence, known = rtt.grade(tokenizer, rollout, [task], "judge")
@@ -787,26 +649,24 @@ def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, tmp_path
     assert evidence[0, 0].sum() == 1  # the comma
     assert len(asked) == 2
     for question, criterion in zip(asked, ["respond entirely in German", "is kind"]):
-        assert "Tell." in question and texts[0] in question and criterion in question
+        assert question == rtt.QUESTION.format("Tell.", texts[0], criterion)
 
 
 def test_response_reward_counts_only_rubrics_that_exist():
     rows = [[1, 1, 1], [1, -1, 0], [1, 0, 0], [-1, -1, -1]]
-    all_or_nothing = rtt.response_reward(torch.tensor(rows))
-    share = rtt.response_reward(torch.tensor(rows), "csr")
+    verdicts = torch.tensor(rows)
+    all_or_nothing = rtt.response_reward(verdicts)
+    share = rtt.response_reward(verdicts, "csr")
     for i, row in enumerate(rows):
         satisfied = row.count(1)
         violated = row.count(-1)
         assert all_or_nothing[i] == (violated == 0)
         assert share[i] == satisfied / (satisfied + violated)
     with pytest.raises(ValueError, match="not Booleans"):  # False would count as "no such rubric"
-        rtt.response_reward(torch.tensor(rows) > 0)
+        rtt.response_reward(verdicts > 0)
 
 
-# ==================================================================================================
-# 4. Relevance
-# ==================================================================================================
-
+# ======== 4. Relevance ===========================================================================
 
 @pytest.fixture
 def discriminator(folder, tokenizer):
@@ -815,29 +675,28 @@ def discriminator(folder, tokenizer):
     return rtt.RelevanceDiscriminator(base, tokenizer, 1e-2)
 
 
-def random_responses(N=6, T=9):
-    """ids and mask [N, T] of ragged random responses, token 77 here and there."""
-    ids = torch.randint(70, 80, (N, T))
-    lengths = torch.randint(1, T + 1, (N, 1))
-    return ids, (torch.arange(T) < lengths).long()
-
-
-CRITERIA = [["find it", "a", "b"], ["find it"], ["a much longer criterion, with more words", "find it"]] * 2
-EXIST = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]] * 2)  # [N, K] 1 where there is a criterion
+def random_responses():
+    """ids and mask [N, T] of ragged random responses."""
+    ids = torch.randint(70, 80, (6, 9))
+    lengths = torch.randint(1, 10, (6, 1))
+    return ids, (torch.arange(9) < lengths).long()
 
 
 def test_relevance_is_0_where_nothing_is_and_does_not_depend_on_the_batch(discriminator):
     ids, mask = random_responses()
-    together = discriminator.predict(CRITERIA, ids, mask, EXIST)
-    present = (EXIST[:, :, None] * mask[:, None, :]) > 0
+    longer = "a much longer criterion, with more words"
+    criteria = [["find it", "a", "b"], ["find it"], [longer, "find it"]] * 2
+    exist = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]] * 2)  # [N, K] 1 where there is a criterion
+    together = discriminator.predict(criteria, ids, mask, exist)
+    present = exist[:, :, None] * mask[:, None, :] > 0
     assert (together[present] > 0).all()
     assert not together[~present].any()
-    assert_close(discriminator.predict(CRITERIA, ids, mask, EXIST, batch=2), together)
+    assert_close(discriminator.predict(criteria, ids, mask, exist, batch=2), together)
     garbage = torch.where(mask > 0, ids, 5)
-    assert_close(discriminator.predict(CRITERIA, garbage, mask, EXIST), together)
-    for i, k in EXIST.nonzero().tolist():
+    assert_close(discriminator.predict(criteria, garbage, mask, exist), together)
+    for i, k in exist.nonzero().tolist():
         n = int(mask[i].sum())
-        alone = discriminator([CRITERIA[i][k]], ids[i, None, :n], mask[i, None, :n])
+        alone = discriminator([criteria[i][k]], ids[i : i + 1, :n], mask[i : i + 1, :n])
         assert_close(alone[0].sigmoid(), together[i, k, :n])
 
 
@@ -849,7 +708,8 @@ def test_fit_is_one_step_on_the_mean_cross_entropy_of_response_tokens(discrimina
     total = 0.0
     for i in range(6):
         n = int(mask[i].sum())
-        p = discriminator(criteria[i], ids[i, None, :n], mask[i, None, :n])[0].sigmoid()
+        logits = discriminator(criteria[i], ids[i : i + 1, :n], mask[i : i + 1, :n])
+        p = logits[0].sigmoid()
         right = torch.where(evidence[i, 0, :n] == 1, p, 1 - p)
         total = total - right.log().sum()
     weights = list(discriminator.parameters())
@@ -877,10 +737,7 @@ def test_f1_and_auroc_against_a_loop_over_pairs_with_ties():
     assert auroc == pytest.approx(wins / 16)
 
 
-# ==================================================================================================
-# 5. Advantages
-# ==================================================================================================
-
+# ======== 5. Advantages ==========================================================================
 
 def normalize(values, eps):
     """(x - mean) / (std + eps) of a list."""
@@ -898,42 +755,42 @@ def normalize_over(tensor, places, eps=0.1):
     return result
 
 
-def slow_token_advantage(verdicts, relevance, lengths, partition, pool="mean"):
-    """The definition of the partitions: verdicts [G, K], relevance [G, K, T] -> [G, T]."""
+def slow_token_advantage(verdicts, relevance, mask, partition, pool="mean"):
+    """The definition of the partitions: verdicts [G, K], relevance [G, K, T], mask [G, T] -> [G, T]."""
     G, K, T = relevance.shape
-    everywhere = [(i, t) for i in range(G) for t in range(lengths[i])]
-    divisor = K if pool == "mean" else 1
+    rows = []  # for each response, the places of its tokens
+    for i in range(G):
+        rows.append([(i, t) for t in range(T) if mask[i, t]])
+    everywhere = sum(rows, [])
     total = torch.zeros(G, T)
     for k in range(K):
         reward = verdicts[:, k, None] * relevance[:, k]  # [G, T]
-        signs = normalize(verdicts[:, k].tolist(), 0.1)  # [G]
-        agree = len(set(verdicts[:, k].tolist())) == 1
+        signs = torch.tensor(normalize(verdicts[:, k].tolist(), 0.1))[:, None]  # [G, 1]
         if partition == "rubric":
-            total += reward / divisor
+            total += reward
         elif partition == "inter":
-            total += normalize_over(reward, everywhere) / divisor
+            total += normalize_over(reward, everywhere)
         elif partition == "cross":
-            total += torch.tensor(signs)[:, None] * normalize_over(relevance[:, k], everywhere) / divisor
+            total += signs * normalize_over(relevance[:, k], everywhere)
         elif partition == "verdict":
-            total += torch.tensor(signs)[:, None] * relevance[:, k] / divisor
-        elif partition == "intra" or not agree:  # contested: only where the group does not agree
-            for i in range(G):
-                row = [(i, t) for t in range(lengths[i])]
-                total += normalize_over(reward, row) / divisor
+            total += signs * relevance[:, k]
+        elif partition == "intra" or signs.any():  # contested: only where the group does not agree
+            for row in rows:
+                total += normalize_over(reward, row)
+    if pool == "mean":
+        total = total / K
     if partition == "rubric":
-        return normalize_over(total, everywhere)
-    for i in range(G):
-        total[i, lengths[i] :] = 0.0
-    return total
+        total = normalize_over(total, everywhere)
+    return total * mask
 
 
 def random_group(G=4, K=3, T=6):
-    """verdicts [G, K] int, relevance [G, K, T], mask [G, T] ragged, and the lengths."""
+    """verdicts [G, K] int, relevance [G, K, T], mask [G, T] ragged."""
     verdicts = torch.randint(2, (G, K)) * 2 - 1
     relevance = torch.rand(G, K, T)
-    lengths = [T] + torch.randint(1, T, (G - 1,)).tolist()
-    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
-    return verdicts, relevance, mask.long(), lengths
+    lengths = torch.randint(1, T + 1, (G, 1))
+    lengths[0] = T
+    return verdicts, relevance, (torch.arange(T) < lengths).long()
 
 
 def test_response_advantage_against_a_loop():
@@ -951,8 +808,8 @@ def test_trap_3_equal_rewards_give_exactly_0_and_a_group_of_1_no_nan(rewards):
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_trap_6_partitions_against_loops_with_1_2_and_7_rubrics(partition, pool):
     for K in (1, 2, 7):
-        verdicts, relevance, mask, lengths = random_group(K=K)
-        expected = slow_token_advantage(verdicts, relevance, lengths, partition, pool)
+        verdicts, relevance, mask = random_group(K=K)
+        expected = slow_token_advantage(verdicts, relevance, mask, partition, pool)
         padded_verdicts = torch.zeros(4, 7, dtype=torch.long)  # in a batch K is that of the longest
         padded_verdicts[:, :K] = verdicts
         garbage = torch.full((4, 7, 6), math.nan)
@@ -961,19 +818,9 @@ def test_trap_6_partitions_against_loops_with_1_2_and_7_rubrics(partition, pool)
         assert_close(advantage, expected)
 
 
-def test_pool_sum_does_not_thin_out_the_one_rubric_that_a_token_is_relevant_to():
-    verdicts = torch.tensor([[1, 1, 1, 1], [-1, 1, 1, 1]])  # the group agrees on all but the first
-    relevance = torch.zeros(2, 4, 3)
-    relevance[:, 0, 1] = 1.0
-    summed = rtt.token_advantage(verdicts, relevance, torch.ones(2, 3), "verdict", pool="sum")
-    mean = rtt.token_advantage(verdicts, relevance, torch.ones(2, 3), "verdict")
-    assert_close(summed, torch.tensor([[0, 1, 0], [0, -1, 0]]) / 1.1)
-    assert_close(mean, summed / 4)
-
-
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_permuting_the_group_permutes_the_advantages(partition):
-    verdicts, relevance, mask, _ = random_group()
+    verdicts, relevance, mask = random_group()
     order = torch.tensor([2, 0, 3, 1])
     rewards = rtt.response_reward(verdicts, "csr")
     assert_close(rtt.response_advantage(rewards[order]), rtt.response_advantage(rewards)[order])
@@ -983,42 +830,40 @@ def test_permuting_the_group_permutes_the_advantages(partition):
 
 def test_trap_1_reshape_for_permute_mixes_the_rubrics_of_different_responses():
     """The authors' release turns [G, K, T] into [K, G, T] by reshape; that is another, wrong, number."""
-    verdicts, relevance, _, _ = random_group()
+    verdicts, relevance, _ = random_group()
+    everywhere = torch.ones(4, 6)
     reward = verdicts[..., None] * relevance  # [G, K, T]
-
-    def inter(reward):
-        """[K, G, T] -> [G, T]"""
-        rows = [normalize(of_rubric.flatten().tolist(), 0.1) for of_rubric in reward]
-        return torch.tensor(rows).mean(0).view(4, 6)
-
-    advantage = rtt.token_advantage(verdicts, relevance, torch.ones(4, 6), "inter")
-    assert_close(advantage, inter(reward.permute(1, 0, 2)))
-    assert (advantage - inter(reward.reshape(3, 4, 6))).abs().max() > 0.1
+    mixed = reward.reshape(3, 4, 6).permute(1, 0, 2)  # not what stood there: [G, K, T] again
+    advantage = rtt.token_advantage(verdicts, relevance, everywhere, "inter")
+    right = slow_token_advantage(torch.ones(4, 3), reward, everywhere, "inter")
+    wrong = slow_token_advantage(torch.ones(4, 3), mixed, everywhere, "inter")
+    assert_close(advantage, right)
+    assert (advantage - wrong).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_trap_2_float_relevance_in_an_integer_tensor_is_cut_to_0(partition):
     """The authors' release writes relevance into a tensor of the verdicts' type, so 0.5 becomes 0."""
-    verdicts, relevance, mask, _ = random_group()
+    verdicts, relevance, mask = random_group()
     advantage = rtt.token_advantage(verdicts, relevance, mask, partition)
     assert advantage.dtype == torch.float32
     assert advantage.abs().max() > 0.05
-    assert torch.equal(advantage, rtt.token_advantage(verdicts.float(), relevance, mask.float(), partition))
-    marks = relevance > 0.5
-    from_marks = rtt.token_advantage(verdicts, marks, mask, partition)
-    assert torch.equal(from_marks, rtt.token_advantage(verdicts, marks.float(), mask, partition))
+    of_floats = rtt.token_advantage(verdicts.float(), relevance, mask.float(), partition)
+    assert torch.equal(advantage, of_floats)
 
 
 def test_trap_3_the_noise_of_a_relevance_that_sees_nothing_is_not_blown_up_to_unit_size():
     noise = 0.01 + 0.01 * torch.randn(4, 3, 40)
     mask = torch.ones(4, 40)
-    blown_up = rtt.token_advantage(torch.ones(4, 3), noise, mask, "intra", eps=1e-6)
-    kept_small = rtt.token_advantage(torch.ones(4, 3), noise, mask, "intra")
+    agree = torch.ones(4, 3)
+    blown_up = rtt.token_advantage(agree, noise, mask, "intra", eps=1e-6)
+    kept_small = rtt.token_advantage(agree, noise, mask, "intra")
     assert blown_up.std() > 0.4  # what it would be
     assert kept_small.std() < 0.1
     found = torch.zeros(4, 3, 40)
     found[:, :, 7] = 1.0  # one relevant token of 40
-    assert (rtt.token_advantage(torch.ones(4, 3), found, mask, "intra")[:, 7] > 3).all()
+    advantage = rtt.token_advantage(agree, found, mask, "intra")
+    assert (advantage[:, 7] > 3).all()
 
 
 @pytest.mark.parametrize("how, share", [("add", 1.0), ("mix", 0.75)])
@@ -1030,10 +875,7 @@ def test_combine_advantages(how, share):
     assert combined.tolist() == [[share * 2 + 0.25, share * 2 - 0.25], [-share, 0.0]]
 
 
-# ==================================================================================================
-# 6. Exchangeability
-# ==================================================================================================
-
+# ======== 6. Exchangeability =====================================================================
 
 def test_min_replace_gives_each_group_its_minimum():
     weights = torch.tensor([[3.0, 1, 2], [5, 6, 4]])
@@ -1049,23 +891,24 @@ def test_adv_orthogonal_weights_cancel_and_move_no_more_than_they_must():
         dot = sum(a * x for a, x in zip(adv[i], w[i]))
         size = sum(a * a for a in adv[i])
         assert_close(new[i], w[i] - dot / size * adv[i])
-    assert rtt.adv_orthogonal(w, torch.zeros(5, 8)).equal(w)
-    assert rtt.adv_orthogonal(w.half(), torch.zeros(5, 8).half()).equal(w.half().float())
+    nothing = torch.zeros(5, 8)
+    half = w.half()
+    assert rtt.adv_orthogonal(w, nothing).equal(w)
+    assert rtt.adv_orthogonal(half, nothing.half()).equal(half.float())
 
 
 def slow_residual(coef, ids, mask):
-    pushes = []  # for each response, token -> its coefficients
-    for i in range(len(ids)):
-        pushes.append({})
-        for t in range(ids.shape[1]):
-            if mask[i, t]:
-                pushes[i].setdefault(int(ids[i, t]), []).append(float(coef[i, t]))
+    """The learning tax: the tokens that all responses share, one after the other."""
     tax = 0.0
     push = 0.0
-    for token in set.intersection(*map(set, pushes)):
-        means = [fmean(of_response[token]) for of_response in pushes]
-        tax += abs(sum(means))
-        push += sum(map(abs, means))
+    for token in ids.unique():
+        places = (ids == token) & (mask > 0)  # [G, T]
+        if places.any(1).all():
+            means = []
+            for of_response, here in zip(coef, places):
+                means.append(float(of_response[here].mean()))
+            tax += abs(sum(means))
+            push += sum(map(abs, means))
     return tax / push if push else 0.0
 
 
@@ -1077,19 +920,17 @@ def test_cancellation_residual_against_a_loop():
         assert_close(rtt.cancellation_residual(coef, ids, mask), slow_residual(coef, ids, mask))
 
 
-# ==================================================================================================
-# 7. The update
-# ==================================================================================================
-
+# ======== 7. The update ==========================================================================
 
 def loss_case(spread=0.4):
     """logprobs, old, advantages constant in each response, mask: [8, 5]; ratios far from 1."""
-    old = -3 * torch.rand(8, 5, dtype=torch.float64)
-    moved = spread * torch.randn(8, 5, dtype=torch.float64)
-    A = torch.randn(2, 4, 1, dtype=torch.float64)
+    old = -3 * torch.rand(8, 5).double()
+    logprobs = old + spread * torch.randn(8, 5).double()
+    A = torch.randn(2, 4, 1).double()
     A = A - A.mean(1, keepdim=True)
-    mask = (torch.arange(5) < torch.randint(1, 6, (8, 1))).long()
-    return (old + moved).requires_grad_(), old, A.view(8, 1) * mask, mask
+    lengths = torch.randint(1, 6, (8, 1))
+    mask = (torch.arange(5) < lengths).long()
+    return logprobs.requires_grad_(), old, A.view(8, 1) * mask, mask
 
 
 def ppo_weight(ratio, A, low, high):
@@ -1102,7 +943,7 @@ def ppo_weight(ratio, A, low, high):
 
 
 def slow_weights(ratios, advantages, loss, low, high):
-    """The table of the losses for one group: for each response a list of its tokens' ratios, and advantages."""
+    """The table of the losses for one group: for each response its tokens' ratios, and advantages."""
     s = [geometric_mean(row) for row in ratios]
     m = [fmean(row) for row in advantages]
     along = sum(a * x for a, x in zip(m, s)) / sum(a * a for a in m)
@@ -1132,26 +973,22 @@ def slow_weights(ratios, advantages, loss, low, high):
 
 
 def slow_coef(logprobs, old, advantages, mask, G, loss, low, high):
-    """Advantage * weight [N, T], and the share of the tokens whose weight is 0."""
+    """Advantage * weight [N, T]."""
     coef = torch.zeros(mask.shape, dtype=torch.float64)
-    let_go = 0
     lengths = mask.sum(1).tolist()
+    ratio = (logprobs - old).exp()
     for start in range(0, len(mask), G):
         group = range(start, start + G)
-        ratios = [(logprobs - old)[i, : lengths[i]].exp().tolist() for i in group]
+        ratios = [ratio[i, : lengths[i]].tolist() for i in group]
         given = [advantages[i, : lengths[i]].tolist() for i in group]
-        for i, row in zip(group, slow_weights(ratios, given, loss, low, high)):
-            let_go += row.count(0.0)
-            coef[i, : lengths[i]] = torch.tensor(row) * advantages[i, : lengths[i]]
-    return coef, let_go / sum(lengths)
-
-
-# What leaves the first range: a token of each group, but not every response; the second, less; the last, nothing.
-CLIPS = [(0.2, 0.3), (0.35, 0.6), (1.0, math.inf)]
+        for i, weights in zip(group, slow_weights(ratios, given, loss, low, high)):
+            coef[i, : lengths[i]] = torch.tensor(weights) * advantages[i, : lengths[i]]
+    return coef
 
 
 @pytest.mark.parametrize("token_level", [False, True])
-@pytest.mark.parametrize("clip", CLIPS)
+# What leaves the first range: tokens of each group, not all responses; the second, less; the last, nothing.
+@pytest.mark.parametrize("clip", [(0.2, 0.3), (0.35, 0.6), (1.0, math.inf)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_coef_is_the_table_of_the_losses_and_minus_the_gradient(loss, clip, token_level):
     logprobs, old, advantages, mask = loss_case(spread=0.2)
@@ -1160,10 +997,11 @@ def test_coef_is_the_table_of_the_losses_and_minus_the_gradient(loss, clip, toke
         advantages = advantages + 0.3 * noise * mask
     value, stats = rtt.policy_loss(logprobs, old, advantages, mask, 4, loss, clip)
     value.backward()
-    expected, let_go = slow_coef(logprobs, old, advantages, mask, 4, loss, *clip)
+    expected = slow_coef(logprobs, old, advantages, mask, 4, loss, *clip)
     divisor = len(mask) if loss == "gspo" else mask.sum()
     assert_close(stats["coef"], expected)
-    assert stats["clip_fraction"] == pytest.approx(let_go)
+    let_go = expected[mask > 0] == 0
+    assert stats["clip_fraction"] == pytest.approx(float(let_go.double().mean()))
     moved = (logprobs - old).detach()[mask > 0]
     assert stats["approx_kl"] == pytest.approx(float((moved.exp() - moved - 1).mean()))
     assert_close(logprobs.grad, -expected / divisor)
@@ -1175,7 +1013,8 @@ def test_one_ratio_outside_the_range_lets_go_of_its_whole_group_and_of_no_other(
     log_ratio = torch.zeros(4, 3)  # two groups of two responses
     log_ratio[0] = math.log(ratio)
     advantages = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]).expand(4, 3)
-    _, stats = rtt.policy_loss(log_ratio, torch.zeros(4, 3), advantages, torch.ones(4, 3), 2, loss, (0.2, 0.2))
+    mask = torch.ones(4, 3)
+    _, stats = rtt.policy_loss(log_ratio, 0 * log_ratio, advantages, mask, 2, loss, (0.2, 0.2))
     assert stats["coef"][:2].any() == inside
     assert stats["coef"][2:].all()
     assert stats["clip_fraction"] == (0.0 if inside else 0.5)
@@ -1211,19 +1050,16 @@ def test_only_the_new_log_probabilities_get_a_gradient(loss):
 def test_trap_4_ppo_clip_is_one_sided_for_either_sign_of_the_advantage(loss, A, ratio):
     def value_at(logprob):
         advantages = torch.full((1, 1), A)
-        old = torch.zeros(1, 1, dtype=torch.float64)
-        return rtt.policy_loss(logprob, old, advantages, torch.ones(1, 1), 1, loss, (0.2, 0.2))[0]
+        old = torch.zeros(1, 1)
+        value, _ = rtt.policy_loss(logprob, old, advantages, torch.ones(1, 1), 1, loss, (0.2, 0.2))
+        return value
 
     h = 1e-6
-    logprob = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
+    logprob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     value_at(logprob).backward()
     slope = (value_at(logprob + h) - value_at(logprob - h)) / (2 * h)
-    expected = ppo_weight(ratio, A, 0.2, 0.2)
-    assert_close(slope, -A * expected, 1e-6)
+    assert_close(slope, -A * ppo_weight(ratio, A, 0.2, 0.2), 1e-6)
     assert_close(logprob.grad, slope.view(1, 1), 1e-6)
-    objective, weight = rtt.clipped_objective(torch.tensor(ratio), torch.tensor(A), 0.2, 0.2)
-    assert_close(objective, -value_at(logprob))
-    assert_close(weight, expected)
 
 
 def test_trap_5_k3_is_the_kl_on_average_and_never_negative():
@@ -1240,8 +1076,9 @@ def test_trap_5_k3_is_the_kl_on_average_and_never_negative():
 
 def settings(**given):
     """The settings of an update."""
-    cpu = dict(device="cpu", dtype="float32", gradient_checkpointing=False)
-    return rtt.Config(**cpu | dict(group_size=4, micro_batch=9, temperature=1.3, max_grad_norm=1e9) | given)
+    fixed = dict(device="cpu", dtype="float32", group_size=4, temperature=1.3, max_grad_norm=1e9)
+    free = dict(micro_batch=9, gradient_checkpointing=False)
+    return rtt.Config(**fixed, **free | given)
 
 
 def off_policy_rollout(model, spread=0.3):
@@ -1272,10 +1109,9 @@ def test_trap_12_update_follows_the_gradient_of_plain_forward_passes_in_micro_ba
     value, stats = rtt.policy_loss(logprobs, rollout.logprobs, advantages, rollout.mask, 4, loss, clip)
     expected = flat_gradient(value, model)
     residuals = []
-    for start in (0, 4, 8):
-        group = slice(start, start + 4)
-        if stats["coef"][group].any():
-            residuals.append(slow_residual(stats["coef"][group], rollout.ids[group], rollout.mask[group]))
+    for coef, ids, mask in zip(stats["coef"].split(4), rollout.ids.split(4), rollout.mask.split(4)):
+        if coef.any():
+            residuals.append(slow_residual(coef, ids, mask))
     stats |= dict(loss=value.item(), grad_norm=float(expected.norm()), residual=fmean(residuals))
     for micro_batch, checkpointing in ((1, False), (2, False), (9, False), (2, True)):
         model = qwen()
@@ -1292,28 +1128,17 @@ def test_trap_12_update_follows_the_gradient_of_plain_forward_passes_in_micro_ba
 def test_trap_11_no_noise_of_training_reaches_the_ratio(checkpointing):
     """A mixture of experts with dropout, whose router adds noise in training mode."""
     noise = dict(router_jitter_noise=0.5, attention_dropout=0.5)
-    config = PhimoeConfig(vocab_size=23, num_hidden_layers=2, num_local_experts=4, **noise, **SIZES)
-    model = PhimoeForCausalLM(config).train()
+    sizes = PhimoeConfig(vocab_size=23, num_hidden_layers=2, num_local_experts=4, **noise, **SIZES)
+    model = PhimoeForCausalLM(sizes).train()
     if checkpointing:
         model.activation_checkpointing_enable()
     for updates in (1, 2):  # with the second the policy has left the sampler
         rollout = roll(model, temperature=1.3)
         model.train()
         push = torch.ones(rollout.mask.shape)
-        _, stats = gradient_of_update(
-            model, rollout, push, settings(updates=updates, gradient_checkpointing=checkpointing)
-        )
+        config = settings(updates=updates, gradient_checkpointing=checkpointing)
+        _, stats = gradient_of_update(model, rollout, push, config)
         assert (stats["approx_kl"] < 1e-9) == (updates == 1)
-
-
-def test_trap_8_the_end_token_is_trained():
-    model = qwen()
-    rollout = roll(model, temperature=1.3)
-    only_end = torch.zeros(rollout.mask.shape)
-    for token in (END, OTHER_END):
-        only_end[rollout.ids == token] = 1.0
-    gradient, _ = gradient_of_update(model, rollout, only_end * rollout.mask, settings())
-    assert gradient.norm() > 0.01
 
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])  # the penalty is a mean over tokens in both
@@ -1332,10 +1157,7 @@ def test_trap_5_the_kl_penalty_has_the_gradient_of_its_definition(loss):
     assert_close(gradient / expected.norm(), expected / expected.norm())
 
 
-
-
-# --------------------------------------------------------------------------------------------------
-# The cancellation condition (TGC), by autograd: a group shares four tokens after the prompt, then diverges
+# ---- The cancellation condition (TGC), by autograd: a group shares four tokens, then diverges
 
 SHARED = 4
 LENGTHS = torch.tensor([[12], [6], [9], [7]])
@@ -1343,6 +1165,7 @@ MASK = torch.arange(12) < LENGTHS  # [G, T]
 A = torch.tensor([[1.5], [-0.5], [-0.5], [-0.5]])
 CANCELS = 1e-5
 TAXED = 0.05
+NO_CLIP = (1.0, math.inf)
 
 
 def tax_on_shared_tokens(loss, advantages, shared_ratio=1.1, spread=0.5, clip=(0.2, 0.2)):
@@ -1370,16 +1193,11 @@ def tax_on_shared_tokens(loss, advantages, shared_ratio=1.1, spread=0.5, clip=(0
     return float(sum(pushes).norm() / size)
 
 
-@pytest.mark.parametrize("shared_ratio", [0.5, 1.1, 2.0])
 @pytest.mark.parametrize("loss", GROUP_CLIPPED)
-def test_shared_tokens_cancel_under_the_papers_losses_off_policy(loss, shared_ratio):
-    assert tax_on_shared_tokens(loss, A, shared_ratio, clip=(1.0, math.inf)) < CANCELS
-
-
-@pytest.mark.parametrize("shared_ratio", [0.801, 1.199])
-@pytest.mark.parametrize("loss", GROUP_CLIPPED)
-def test_shared_tokens_cancel_with_the_group_clip_just_inside_its_range(loss, shared_ratio):
-    assert tax_on_shared_tokens(loss, A, shared_ratio, spread=0.02) < CANCELS
+def test_shared_tokens_cancel_under_the_papers_losses_off_policy(loss):
+    for shared_ratio in (0.5, 1.1, 2.0):
+        assert tax_on_shared_tokens(loss, A, shared_ratio, clip=NO_CLIP) < CANCELS
+    assert tax_on_shared_tokens(loss, A, shared_ratio=0.801, spread=0.02) < CANCELS  # inside the group clip
 
 
 def test_shared_tokens_pay_under_gspo_because_each_response_has_its_own_weight():
@@ -1387,18 +1205,15 @@ def test_shared_tokens_pay_under_gspo_because_each_response_has_its_own_weight()
     assert tax_on_shared_tokens("gspo", A, shared_ratio=1.0, spread=0.0) > TAXED  # and its own length
 
 
-def test_shared_tokens_cancel_under_grpo_mask():
-    assert tax_on_shared_tokens("grpo-mask", A) < CANCELS
-
-
 def test_shared_tokens_pay_under_grpo_where_the_clip_takes_one_sign_only():
     assert tax_on_shared_tokens("grpo", A, shared_ratio=1.1) < CANCELS  # inside the range
     assert tax_on_shared_tokens("grpo", A, shared_ratio=0.5) > TAXED
     assert tax_on_shared_tokens("grpo", A, shared_ratio=2.0) > TAXED
+    assert tax_on_shared_tokens("grpo-mask", A) < CANCELS  # takes both
 
 
 @pytest.mark.parametrize("advantages, taxed", [(A, False), (A / LENGTHS, True)])
-def test_shared_tokens_pay_for_a_length_normalisation_even_on_policy_and_the_residual_says_so(advantages, taxed):
+def test_shared_tokens_pay_for_a_length_normalisation_on_policy_and_the_residual_says_so(advantages, taxed):
     tax = tax_on_shared_tokens("grpo", advantages, shared_ratio=1.0, spread=0.0)
     ids = torch.arange(48).view(4, 12)
     ids[:, :SHARED] = ids[0, :SHARED]
@@ -1406,25 +1221,19 @@ def test_shared_tokens_pay_for_a_length_normalisation_even_on_policy_and_the_res
     assert rtt.cancellation_residual(advantages * MASK, ids, MASK) == pytest.approx(tax, abs=1e-5)
 
 
-def token_channel(partition, verdicts):
-    """The token advantages of a group; the relevance is a causal reader's, equal on the shared tokens."""
-    relevance = torch.rand(4, 1, 12)
-    relevance[:, :, :SHARED] = relevance[0, :, :SHARED]
-    return rtt.token_advantage(torch.tensor(verdicts)[:, None], relevance, MASK, partition)
-
-
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_only_verdict_and_cross_cancel_where_verdicts_do_not_balance(partition):
-    tax = tax_on_shared_tokens("dfpo-min", token_channel(partition, [1, 1, 1, -1]), clip=(1.0, math.inf))
+    relevance = torch.rand(4, 1, 12)
+    relevance[:, :, :SHARED] = relevance[0, :, :SHARED]  # as a causal reader's
+    unbalanced = torch.tensor([[1], [1], [1], [-1]])
+    advantages = rtt.token_advantage(unbalanced, relevance, MASK, partition)
+    tax = tax_on_shared_tokens("dfpo-min", advantages, clip=NO_CLIP)
     assert tax < CANCELS if partition in ("verdict", "cross") else tax > TAXED
-    agreeing = token_channel(partition, [1, 1, 1, 1])  # there is nothing to learn
+    agreeing = rtt.token_advantage(torch.ones(4, 1), relevance, MASK, partition)  # there is nothing to learn
     assert agreeing.any() == (partition in ("intra", "inter", "rubric"))
 
 
-# ==================================================================================================
-# 8. The loop: whole runs
-# ==================================================================================================
-
+# ======== 8. The loop: whole runs ================================================================
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
@@ -1446,7 +1255,7 @@ def small_run(folder, data, out, flags=""):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def train(folder, data, out, flags=""):
@@ -1457,7 +1266,8 @@ def train(folder, data, out, flags=""):
 
 def python(*command):
     """A process of its own."""
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE)
 
 
 def spy(monkeypatch, name):
@@ -1479,10 +1289,10 @@ def test_a_step_is_the_opening_picture(relevance, folder, data, tmp_path, monkey
     """Sampled, graded, rewarded, credited: what reaches `update`, and token_share, by slow loops."""
     graded = spy(monkeypatch, "grade")
     updated = spy(monkeypatch, "update")
-    criteria = []
 
-    def predict(self, texts, ids, mask, wanted, batch=64):
-        criteria.extend(texts)
+    def predict(self, criteria, ids, mask, wanted):
+        for text in sum(criteria, []):
+            assert text.startswith(("yes: ", "no: "))
         return (ids % 7 / 7)[:, None].expand(*wanted.shape, -1)
 
     monkeypatch.setattr(rtt.RelevanceDiscriminator, "predict", predict)
@@ -1491,20 +1301,18 @@ def test_a_step_is_the_opening_picture(relevance, folder, data, tmp_path, monkey
     [((_, _, rollout, advantages, *_), _)] = updated
     [(_, verdicts, evidence, _)] = [result for args, result in graded if args[1] is rollout]
     credit = evidence if relevance == "evidence" else predict(None, [], rollout.ids, rollout.mask, verdicts)
-    push = []  # of each token, by the response level and by the token level
+    response_level = 0.0
+    token_level = 0.0
     for group in (slice(0, 4), slice(4, 8)):
         mask = rollout.mask[group]
         response = rtt.response_advantage(rtt.response_reward(verdicts[group], "csr"))
         token = rtt.token_advantage(verdicts[group], credit[group], mask, "verdict", pool="sum")
         assert_close(advantages[group], rtt.combine_advantages(response, token, mask, 0.3))
         for i, t in mask.nonzero().tolist():
-            push.append((abs(response[i]), 0.3 * abs(token[i, t])))
-    level = sum(response for response, _ in push)
-    share = sum(token for _, token in push) / level
+            response_level += abs(response[i])
+            token_level += abs(0.3 * token[i, t])
     assert advantages.any()
-    assert row["token_share"] == pytest.approx(float(share))
-    for text in sum(criteria, []):
-        assert text.startswith(("yes: ", "no: "))
+    assert row["token_share"] == pytest.approx(float(token_level / response_level))
 
 
 @pytest.fixture(scope="session")
@@ -1514,32 +1322,31 @@ def finished(folder, data, tmp_path_factory):
     return out
 
 
-def test_a_run_writes_down_what_it_did(finished):
-    config = json.loads((finished / "config.json").read_text())
+def test_a_run_writes_down_what_it_did_and_its_policy_is_an_ordinary_folder(finished, data, tmp_path):
     result = json.loads((finished / "result.json").read_text())
     rows = read(finished / "metrics.jsonl")
     records = read(finished / "responses.jsonl")
-    assert config["steps"] == 4
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert "eval_instruction" in rows[1]
-    names = "reward instruction rubric entropy truncated zero_variance token_share tokens f1 auroc loss grad_norm "
-    names += "clip_fraction approx_kl residual seconds seconds_rollout seconds_verify seconds_update"
+    names = "reward instruction rubric entropy truncated zero_variance token_share tokens f1 auroc loss "
+    names += "grad_norm clip_fraction approx_kl residual seconds"
     assert set(names.split()) <= rows[0].keys()
     assert len(records) == 5
     met = 0
     for record in records:
         met += all(rubric["satisfied"] for rubric in record["rubrics"])
-        for rubric in record["rubrics"]:
-            for start, end in rubric["evidence"]:
-                assert 0 <= start <= end <= len(record["response"])
     assert result["after"]["instruction"] == met / 5
-    policy = load(finished / "policy").policy  # an ordinary folder
-    assert policy.end_ids == [2]
+    outcome = compare.outcome(finished)
+    assert outcome["instruction"] == 100 * met / 5
+    assert outcome["residual"] == fmean(row["residual"] for row in rows)
+    assert [step for step, _ in outcome["curve"]] == [0, 2, 4]
+    rtt.main([*small_run(finished / "policy", data, tmp_path), "--eval-only"])
+    assert read(tmp_path / "responses.jsonl") == records
+    assert not (tmp_path / "policy").exists()
 
 
-KILLED = f"""
+KILLED = """
 import os, sys
-sys.path.insert(0, {str(HERE)!r})
 import rtt
 real = rtt.train_step
 calls = []
@@ -1553,17 +1360,7 @@ rtt.main(sys.argv[1:])
 """
 
 
-def untimed(path):
-    """Rows of metrics without what differs from run to run."""
-    rows = []
-    for row in read(path):
-        rows.append({name: value for name, value in row.items() if "second" not in name})
-    return rows
-
-
-def test_trap_14_no_warning_and_a_run_killed_and_resumed_equals_a_whole_one_to_the_bit(
-    folder, data, finished, tmp_path
-):
+def test_trap_14_no_warning_and_a_run_killed_and_resumed_to_the_bit(folder, data, finished, tmp_path):
     out = tmp_path / "run"
     killed = python("-c", KILLED, *small_run(folder, data, out, "--steps 4 --eval-every 2"))
     assert killed.returncode == -9
@@ -1571,7 +1368,9 @@ def test_trap_14_no_warning_and_a_run_killed_and_resumed_equals_a_whole_one_to_t
     resumed = python(HERE / "rtt.py", "--resume", out)
     assert resumed.stderr == ""
     assert resumed.returncode == 0
-    assert untimed(out / "metrics.jsonl") == untimed(finished / "metrics.jsonl")
+    for row, whole in zip(read(out / "metrics.jsonl"), read(finished / "metrics.jsonl"), strict=True):
+        for name, value in whole.items():
+            assert row[name] == value or "second" in name, name
     for name in ("responses.jsonl", "result.json", "policy/model.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
@@ -1598,21 +1397,30 @@ def test_a_run_in_bfloat16_has_weights_in_float32_and_first_ratios_of_1(folder, 
         assert logits.dtype == torch.bfloat16
     for weight in load_file(tmp_path / "run" / "policy" / "model.safetensors").values():
         assert weight.dtype == torch.float32
-    for row in rows:
-        assert row["approx_kl"] == 0  # scored anew in training precision
+    assert rows[0]["approx_kl"] == 0  # scored anew in training precision
 
 
-def test_criteria_in_words_are_judged_in_a_run_and_a_file_keeps_its_last_tenth_for_measuring(folder, tmp_path):
-    rows = [dict(ROW, prompt=f"Tell {n}.", rubrics=["is kind"]) for n in range(20)]
-    path = write_rows(tmp_path / "a.jsonl", *rows)
-    train(folder, path, tmp_path / "run")
+def page_data(path):
+    """The JSON in a page: there is one script of data, and no text in it can end it."""
+    page = path.read_text(encoding="utf-8")
+    data = re.findall('<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    return json.loads(data[0])
+
+
+def test_criteria_in_words_are_judged_in_a_run_and_a_file_keeps_its_last_tenth_held_out(folder, tmp_path):
+    nasty = '</script><b>"Hi"</b> \u2028 שלום 😀 <!--'  # it must not break the page
+    rows = [dict(ROW, prompt=f"Tell {n}. {nasty}", rubrics=["is kind"]) for n in range(20)]
+    rtt.write_rows(tmp_path / "a.jsonl", rows)
+    train(folder, tmp_path / "a.jsonl", tmp_path / "run")
     records = read(tmp_path / "run" / "responses.jsonl")
-    assert [record["prompt"] for record in records] == ["Tell 18.", "Tell 19."]
+    assert [record["prompt"] for record in records] == [rows[18]["prompt"], rows[19]["prompt"]]
     for record in records:
         by_rule, judged = record["rubrics"]
         assert judged["criterion"] == "is kind"
         assert by_rule["evidence"] is not None
         assert (judged["evidence"] is None) == bool(record["response"].strip())
+    page = page_data(tmp_path / "run" / "credit.html")
+    assert page["groups"][0]["prompt"] in [row["prompt"] for row in rows]
 
 
 def test_a_step_that_is_not_finite_is_not_made_and_is_said(capsys):
@@ -1625,53 +1433,35 @@ def test_a_step_that_is_not_finite_is_not_made_and_is_said(capsys):
     assert "skipped" in "".join(capsys.readouterr())
 
 
-def test_eval_only_measures_and_does_not_train(folder, data, tmp_path):
-    rtt.main([*small_run(folder, data, tmp_path), "--eval-only"])
-    assert len(read(tmp_path / "responses.jsonl")) == 5
-    assert not (tmp_path / "policy").exists()
-
-
-def page_data(page):
-    """The JSON in a page: there is one script of data, and no text in it can end it."""
-    data = re.findall('<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
-    return json.loads(data[0])
-
-
-def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, tokenizer, data, tmp_path, monkeypatch):
+def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, data, tmp_path, monkeypatch):
     steps = spy(monkeypatch, "train_step")
     train(folder, data, tmp_path / "run", "--steps 3 --eval-every 2")
-    page = page_data((tmp_path / "run" / "credit.html").read_text(encoding="utf-8"))
+    page = page_data(tmp_path / "run" / "credit.html")
     assert [group["step"] for group in page["groups"]] == [1, 2, 3]
     assert page["metrics"] == read(tmp_path / "run" / "metrics.jsonl")
     for group, (_, (_, example)) in zip(page["groups"], steps):
         task, rollout, verdicts, used, evidence, _ = example
         G = len(group["ids"])
         K = len(task.rubrics)
+        ids = rollout.ids[:G]
         mask = rollout.mask[:G]
-        A = rtt.response_advantage(rtt.response_reward(verdicts[:G]))
-        assert_close(torch.tensor(group["response_advantage"]), A)
         assert_close(torch.tensor(group["evidence"]), evidence[:G, :K])
         relevance = torch.tensor(group["relevance"])
         for k in range(K):
             if len(set(verdicts[:G, k].tolist())) > 1:  # the step itself needed it
                 assert_close(relevance[:, k], used[:G, k])
-        for i in range(G):
-            ids = rollout.ids[i, : int(mask[i].sum())].tolist()
-            assert group["ids"][i] == ids
-            [text], [spans] = rtt.token_spans(tokenizer, [ids])
-            assert group["texts"][i] == text
-            assert group["spans"][i] == [list(span) for span in spans]
+        A = rtt.response_advantage(rtt.response_reward(verdicts[:G]))
         ratio = torch.tensor(group["ratio"])
         inside = (ratio >= 0.8) & (ratio <= 1.2)
-        response_ratios = [geometric_mean(row[:n]) for row, n in zip(group["ratio"], mask.sum(1).tolist())]
+        smallest = min(geometric_mean(row[:n]) for row, n in zip(group["ratio"], mask.sum(1)))
         for partition in PARTITIONS:
             part = group["partitions"][partition]
             token_adv = rtt.token_advantage(verdicts[:G, :K], relevance, mask, partition)
             advantage = rtt.combine_advantages(A, token_adv, mask)
             assert_close(torch.tensor(part["advantage"]), advantage)
             assert_close(torch.tensor(part["coef"]["grpo-mask"]), advantage * ratio * inside)
-            assert_close(torch.tensor(part["coef"]["dfpo-min"]), advantage * min(response_ratios))  # no group clip
-            residual = rtt.cancellation_residual(torch.tensor(part["coef"]["gspo"]), rollout.ids[:G], mask)
+            assert_close(torch.tensor(part["coef"]["dfpo-min"]), advantage * smallest)  # no group clip
+            residual = rtt.cancellation_residual(torch.tensor(part["coef"]["gspo"]), ids, mask)
             assert part["residual"]["gspo"] == pytest.approx(residual, abs=1e-3)
 
 
@@ -1682,20 +1472,7 @@ def test_explain_shows_the_tensors_of_each_section_and_keeps_the_page(data, tmp_
         assert re.search(rf"^{number}\. ", said, re.MULTILINE)
     sums = [float(value) for value in re.findall("cancel: ([-+.0-9]+)", said)]
     assert abs(sums[1]) < 1e-4 and abs(sums[2]) < 1e-4  # min_replace and adv_orthogonal
-    assert page_data((tmp_path / "credit.html").read_text(encoding="utf-8"))["groups"][0]["ids"]
-    assert not (tmp_path / "policy").exists()
-
-
-def test_no_text_can_break_the_page(finished, tmp_path):
-    out = shutil.copytree(finished, tmp_path / "run")
-    prompt = '</script><b>"Hi"</b> \u2028 שלום 😀 <!--'
-    with open(out / "credit.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(step=9, prompt=prompt)) + "\n")
-    rtt.write_page(out, rtt.Config())
-    page = (out / "credit.html").read_text(encoding="utf-8")
-    template = (HERE / "data" / "credit.html").read_text(encoding="utf-8")
-    assert page.count("</script>") == template.count("</script>")
-    assert page_data(page)["groups"][-1]["prompt"] == prompt
+    assert page_data(tmp_path / "credit.html")["groups"][0]["ids"]
 
 
 def test_the_embedded_settings_hold_only_without_another_model():
@@ -1704,23 +1481,23 @@ def test_the_embedded_settings_hold_only_without_another_model():
     assert rtt.parse(["--model=Qwen2.5-0.5B"]).model == "Qwen/Qwen2.5-0.5B"
 
 
-# --------------------------------------------------------------------------------------------------
-# Bad input
+def refused(capsys, *argv):
+    """The one line that main prints before it leaves with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        rtt.main([str(arg) for arg in argv])
+    err = capsys.readouterr().err.strip()
+    assert exit.value.code == 2
+    assert err.startswith("rtt.py: ") and "\n" not in err
+    return err
 
 
-@pytest.mark.parametrize(
-    "flags, reason",
-    [
-        ("--steps 0", "--steps 0: must be above 0"),
-        ("--steps x", "invalid int value"),
-        ("--group-size 1", "at least 2"),
-        ("--clip 0.1", "two numbers"),
-        ("--data nowhere.jsonl", "nowhere.jsonl"),
-        ("--model no/such/model", "no/such/model"),
-    ],
-)
-def test_bad_flags_are_one_line(flags, reason, capsys, tmp_path):
-    assert reason in refused(capsys, "--out", tmp_path / "run", *flags.split())
+def test_bad_flags_are_one_line(capsys, tmp_path):
+    assert "--steps 0: must be above 0" in refused(capsys, "--steps", "0")
+    assert "at least 2" in refused(capsys, "--group-size", "1")
+    assert "two numbers" in refused(capsys, "--clip", "0.1")
+    assert "nowhere.jsonl" in refused(capsys, "--data", "nowhere.jsonl")
+    assert "no/such/model" in refused(capsys, "--model", "no/such/model", "--out", tmp_path)
 
 
 def test_bad_resumes_are_one_line(finished, folder, data, capsys):
@@ -1734,58 +1511,25 @@ def test_bad_resumes_are_one_line(finished, folder, data, capsys):
         assert "lock" in refused(capsys, "--resume", finished)
 
 
-def test_a_message_that_the_terminal_cannot_show_is_shown_as_far_as_it_can(monkeypatch):
-    stream = io.BytesIO()
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(stream, encoding="latin-1", write_through=True))
-    with pytest.raises(SystemExit):
-        rtt.main(["--data", "灯.jsonl"])
-    assert b"?.jsonl" in stream.getvalue()
-
-
-def quantised(path):
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = dict(quant_method="awq", bits=4)
-    (path / "config.json").write_text(json.dumps(config))
-
-
-def not_a_number(path):
-    weights = load_file(path / "model.safetensors")
+def test_trap_13_a_model_that_is_of_no_use_or_could_run_code_is_one_line(folder, data, capsys, tmp_path):
+    """Spoiled more and more: each time another check comes first."""
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    command = small_run(bad, data, tmp_path / "run")
+    weights = load_file(bad / "model.safetensors")
     weights["model.norm.weight"][0] = math.nan
-    save_file(weights, path / "model.safetensors", metadata=dict(format="pt"))
-
-
-def without_template(path):
-    (path / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
-
-
-def recurrent(path):
-    shutil.rmtree(path)
-    AutoTokenizer.from_pretrained(HERE / "data" / "tiny").save_pretrained(path)
-    config = MambaConfig(vocab_size=1024, hidden_size=16, state_size=4, num_hidden_layers=1)
-    MambaForCausalLM(config).save_pretrained(path)
-
-
-@pytest.mark.parametrize(
-    "spoil, reason",
-    [
-        (quantised, "quantised"),
-        (not_a_number, "not numbers"),
-        (without_template, "its chat template fails"),
-        (recurrent, "other layers"),
-    ],
-)
-def test_a_model_of_no_use_is_one_line(spoil, reason, folder, data, capsys, tmp_path):
-    bad = shutil.copytree(folder, tmp_path / "bad")
-    spoil(bad)
-    assert reason in refused(capsys, *small_run(bad, data, tmp_path / "run"))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_trap_13_weights_that_could_run_code_are_not_loaded(folder, data, capsys, tmp_path):
-    bad = shutil.copytree(folder, tmp_path / "bad")
-    torch.save(load_file(bad / "model.safetensors"), bad / "pytorch_model.bin")
+    save_file(weights, bad / "model.safetensors", metadata=dict(format="pt"))
+    assert "not numbers" in refused(capsys, *command)
+    (bad / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
+    assert "its chat template fails" in refused(capsys, *command)
     (bad / "model.safetensors").unlink()
-    assert f"model {bad}" in refused(capsys, *small_run(bad, data, tmp_path / "run"))
+    torch.save(weights, bad / "pytorch_model.bin")  # pickled
+    assert "no file named model.safetensors" in refused(capsys, *command)
+    config = MambaConfig(vocab_size=1024, hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(bad)
+    assert "other layers" in refused(capsys, *command)
+    config.quantization_config = dict(quant_method="awq", bits=4)
+    config.save_pretrained(bad)
+    assert "quantised" in refused(capsys, *command)
 
 
 def test_trap_18_cudnn_attention_is_off(capsys):
@@ -1794,10 +1538,7 @@ def test_trap_18_cudnn_attention_is_off(capsys):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-# ==================================================================================================
-# README.md and data/compare.py
-# ==================================================================================================
-
+# ======== README.md and data/compare.py ==========================================================
 
 def test_the_snippets_of_the_readme_run_and_say_what_is_so(capsys):
     text = (HERE / "README.md").read_text(encoding="utf-8")
@@ -1811,55 +1552,48 @@ def test_the_snippets_of_the_readme_run_and_say_what_is_so(capsys):
 
 def globals_of(table):
     """The names outside of a function or class that it needs, builtins aside."""
-    names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
-    return names.union(*map(globals_of, table.get_children())) - set(dir(builtins))
+    names = set()
+    for symbol in table.get_symbols():
+        if symbol.is_global() and symbol.is_referenced():
+            names.add(symbol.get_name())
+    for inner in table.get_children():
+        names |= globals_of(inner)
+    return names - set(dir(builtins))
 
 
 def test_each_piece_to_lift_is_named_with_all_that_it_needs():
     source = (HERE / "rtt.py").read_text(encoding="utf-8")
-    pieces = {table.get_name(): globals_of(table) for table in symtable.symtable(source, "", "exec").get_children()}
+    pieces = {}
+    for table in symtable.symtable(source, "", "exec").get_children():
+        pieces[table.get_name()] = globals_of(table)
     section = (HERE / "README.md").read_text(encoding="utf-8").partition("## Lift a piece")[2]
     lines = section.partition("\n\n`verify`")[0].split("\n- ")[1:]
     assert len(lines) == 5
     for line in lines:
-        named = {name.split()[-1].split(".")[-1] for name in re.findall("`(.*?)`", line)} | {"torch"}
+        named = {"torch"}
+        for name in re.findall("`(.*?)`", line):
+            named.add(name.split()[-1].split(".")[-1])
         given = named - pieces.keys() if line.startswith("Alone") else named
         for name in named & pieces.keys():
             assert pieces[name] <= given, name
 
 
-def test_the_tables_of_the_committed_results_are_in_their_text(capsys):
+def test_the_tables_of_the_committed_results_are_in_their_text(capsys, tmp_path):
     folder = HERE / "data" / "results"
+    text = (folder / "README.md").read_text(encoding="utf-8")
     for path in folder.glob("*.jsonl"):
-        compare.main(["--table", str(path)])
-        assert capsys.readouterr().out in (folder / "README.md").read_text(encoding="utf-8"), path
+        compare.main(["--table", str(path), "--page", str(tmp_path / "curves.html")])
+        assert capsys.readouterr().out in text, path
+        assert page_data(tmp_path / "curves.html")["curves"]
 
 
-def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds(tmp_path):
+def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds():
     assert compare.flags_of("base+alpha=0+clip=1~inf") == ["--alpha", "0", "--clip", "1", "inf"]
-    assert compare.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
-    assert compare.halves([(0, 0.1), (50, 0.2), (100, 0.4), (150, 0.6), (200, 0.8)]) == pytest.approx((30, 70))
+    mean, half_width = compare.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half_width == pytest.approx(4.30 / math.sqrt(3))
     levels = dict(instruction=50.0, rubric=80.0, goal=None, entropy=1.0, residual=0.0, seconds=1.0)
-    early_and_late = ([0.1, 0.2, 0.4], [0.1, 0.3, 0.7])
-    one, other = [levels | dict(curve=list(zip([0, 50, 100], curve))) for curve in early_and_late]
-    assert compare.cells("other", [other, other], [one, one])[1:5] == [
-        "30.0 ± 0.0",
-        "+10.0 ± 0.0",
-        "70.0 ± 0.0",
-        "+30.0 ± 0.0",
-    ]
-    first = dict(config=dict(out="base+seed=0"), curve=[[0, 0.1], [5, 0.3]])
-    second = dict(config=dict(out="base+seed=1"), curve=[[0, 0.1], [5, 0.5]])
-    compare.write_page([first, second], tmp_path / "curves.html")
-    curve = page_data((tmp_path / "curves.html").read_text(encoding="utf-8"))["curves"]["base"]["eval_instruction"]
-    assert curve[0] == [0, 0.1, 0]
-    assert curve[1] == [5, 0.4, pytest.approx(12.71 * 0.1)]
-
-
-def test_the_outcome_of_a_run_is_what_its_folder_says(finished):
-    outcome = compare.outcome(finished)
-    rows = read(finished / "metrics.jsonl")
-    result = json.loads((finished / "result.json").read_text())
-    assert outcome["instruction"] == 100 * result["after"]["instruction"]
-    assert outcome["residual"] == fmean(row["residual"] for row in rows)
-    assert [step for step, _ in outcome["curve"]] == [0, 2, 4]
+    first = dict(levels, curve=[[0, 0.1], [50, 0.2], [100, 0.4]])
+    better = dict(levels, curve=[[0, 0.1], [50, 0.3], [100, 0.7]])
+    row = compare.cells("better", [better, better], [first, first])
+    assert row[1:5] == ["30.0 ± 0.0", "+10.0 ± 0.0", "70.0 ± 0.0", "+30.0 ± 0.0"]
