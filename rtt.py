@@ -163,7 +163,6 @@ class BadInput(Exception):
 # what is counted, the end of the response, and a property of the whole text.  A verdict that rests on no
 # character (a forbidden word that is absent) has no evidence.  One that rests on the response ending where it
 # does has the empty span (len, len), which stands for the end token.  IFEval's other twenty: the appendix.
-# ==================================================================================================
 
 JUDGED = "judge"  # the id of a rubric that is a criterion in words, which no rule can check
 VERIFIERS = {}  # rubric id -> a function (text, **kwargs) -> (satisfied, evidence)
@@ -392,7 +391,6 @@ def load_tasks(path_or_hub_id, split="train"):
 # `token_logprobs` scores the same tokens again, with gradients.  A prompt is computed once for its group: all
 # of it but the last token, whose output predicts the first of the response, goes into a cache, which is then
 # repeated for the group's rows.  (Not so in training with gradient checkpointing, which allows no cache.)
-# ==================================================================================================
 
 
 class Policy(NamedTuple):
@@ -602,7 +600,6 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 # reward a response.  Prompts have different numbers of rubrics: K is the largest in the batch, and a verdict
 # of 0 means "no such rubric".  What no rule can verify, a model judges (RTT): is "yes" its likelier answer to
 # whether the response meets the criterion?  A judge gives no evidence.
-# ==================================================================================================
 
 QUESTION = (
     "Here is a request, and a response to it.\n\nRequest:\n{}\n\nResponse:\n{}\n\n"
@@ -755,7 +752,6 @@ def grade(tokenizer, rollout, tasks, judge=None):
 # not know, at the first "lamp", whether there will be too few of them.  It learns from the rules' evidence on
 # the policy's own rollouts, a little before RL and one step alongside each RL step.  For criteria in words,
 # which have no evidence, it relies on what it learned from the others.
-# ==================================================================================================
 
 
 # First, four helpers that training needs, of this model and of the policy (section 7).
@@ -900,7 +896,6 @@ def f1_and_auroc(relevance, evidence):
 # The response-level advantage is GRPO's.  The token level lives in RTT's three-dimensional reward space
 # r[i, k, t] = verdict * relevance.  Which entries of r share one mean and one standard deviation?  That is
 # RTT's group partitioning problem; the partitions below differ in one line.
-# ==================================================================================================
 
 
 def response_advantage(rewards, eps=1e-6):
@@ -1002,7 +997,6 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 #
 # A token channel must sum to 0 by itself.  Of the partitions of section 5 "verdict" and "cross" do, where a
 # shared token has the same relevance in all responses; a learned relevance comes near to that.
-# ==================================================================================================
 
 
 def min_replace(w):
@@ -1051,7 +1045,6 @@ def cancellation_residual(coef, ids, mask):
 # Off policy a weight has two duties: shared tokens must cancel (TGC), and a token that has been pushed far
 # enough must be let go (PPO's clip).  "grpo" sees to the second, TGC's losses to the first; with the group
 # clip, which is ours, they see to both, and so does "grpo-mask".
-# ==================================================================================================
 
 CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves far less than a token's
     "grpo": (0.2, 0.2),
@@ -1229,7 +1222,6 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
 # In: models, tasks, settings.  Out: a trained policy, and a line of metrics a step.  `train_step` is the
 # opening picture in code; `train` repeats it.  What a step does follows from the run's seed and the number of
 # the step alone, so a broken run goes on from a checkpoint as if nothing had happened.
-# ==================================================================================================
 
 
 class Models(NamedTuple):
@@ -1418,7 +1410,6 @@ def train(models, train_tasks, eval_tasks, out, config, done=0):
 #
 # In: what the loop has made.  Out: accuracies on held-out prompts, with every response and its evidence; a
 # page that shows which token is paid for what; checkpoints.
-# ==================================================================================================
 
 
 def record(index, task, text, truncated, verdicts, known):
@@ -1611,7 +1602,6 @@ def save_results(policy, out, config, before, after, records):
 # 10. Main: the command line, the models, a run
 #
 # In: the command line.  Out: a run.  What is wrong is said in one line, before any time is spent on models.
-# ==================================================================================================
 
 MAY_BE_ZERO = ("rubrics", "seed", "alpha", "warmup", "kl", "eval_every")
 
@@ -1829,7 +1819,6 @@ def main(argv=None):
 # Appendix: the other twenty verifiers of IFEval
 #
 # In: a response, and a rubric's arguments.  Out: verdict and evidence, as in section 1.
-# ==================================================================================================
 
 SCRIPTS = {  # how the Unicode names of a script's letters begin: IFEval's languages that are written in it
     "LATIN": dict(en="English", es="Spanish", pt="Portuguese", fr="French", de="German", it="Italian")
