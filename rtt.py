@@ -1635,27 +1635,25 @@ def checked(config):
 
 def parse(argv=None):
     """The command line -> Config. Raises BadInput; argparse leaves with status 2 for what it cannot read."""
-    argv = sys.argv[1:] if argv is None else argv
-    words = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    given = {word.removeprefix("--").replace("-", "_") for word in words}
     about = "Train a language model on rubrics with token-level credit: RTT-GRPO and TGC's losses."
     options = dict(prog="rtt.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
     parser = transformers.HfArgumentParser(Config, **options)
-    if "model" not in given:
-        parser.set_defaults(**EMBEDDED)
-    config = Config(**vars(parser.parse_args(argv)))
-    if not config.resume:
-        return checked(config)
-    if given - {"resume", "steps", "device"}:
-        raise BadInput(f"--resume {config.resume}: only --steps and --device may be given beside it")
+    unset = argparse.Namespace(**dict.fromkeys(vars(Config())))  # None, so that no default takes its place
+    values = vars(parser.parse_args(argv, unset))
+    given = {name: value for name, value in values.items() if value is not None}
+    if "resume" not in given:
+        defaults = {} if "model" in given else EMBEDDED
+        return checked(Config(**defaults | given))
+    resume = given["resume"]
+    if given.keys() - {"resume", "steps", "device"}:
+        raise BadInput(f"--resume {resume}: only --steps and --device may be given beside it")
     try:
-        kept = dict(json.loads((Path(config.resume) / "config.json").read_text(encoding="utf-8")))
+        kept = dict(json.loads((Path(resume) / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         kept = {}
-    if kept.keys() != asdict(config).keys():
-        raise BadInput(f"--resume {config.resume}: its config.json is not that of a run of this version")
-    changed = {name: getattr(config, name) for name in given}
-    return checked(Config(**kept | changed))
+    if kept.keys() != vars(Config()).keys():
+        raise BadInput(f"--resume {resume}: its config.json is not that of a run of this version")
+    return checked(Config(**kept | given))
 
 
 def load_both(path, rubrics, eval_only):
