@@ -73,6 +73,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -456,14 +457,11 @@ def encode_prompt(tokenizer, prompt):
 
 def left_padded(rows, pad_id, device):
     """Lists of token ids -> ids [P, L], mask [P, L]."""
-    width = max(map(len, rows))
-    ids = []
-    mask = []
-    for row in rows:
-        gap = width - len(row)
-        ids.append([pad_id] * gap + row)
-        mask.append([0] * gap + [1] * len(row))
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    options = dict(batch_first=True, padding_side="left")
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(rows, padding_value=pad_id, **options)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], **options)
+    return ids.to(device), mask.to(device)
 
 
 def positions(attention_mask):
