@@ -1250,7 +1250,6 @@ def roll_out(policy, tasks, group_size, seeds, config):
             config.max_new_tokens,
             config.temperature,
             end_ids=policy.end_ids,
-            pad_id=policy.end_ids[0],
             seeds=seeds,
         )
 
