@@ -280,8 +280,8 @@ def answer_start(response):
 def verify(rubric, response, prompt=""):
     """Verdict and evidence of one rubric on one response; as in IFEval, a blank response satisfies none.
 
-    What a model thinks, up to </think>, is not judged. `prompt`: what it responds to; no rule here needs it.
-    Raises ValueError for a criterion in words.
+    What a model thinks, up to </think>, is not judged. prompt: not used, no rule needs it. Raises ValueError
+    for a criterion in words.
     """
     offset = answer_start(response)
     answer = response[offset:]
@@ -726,7 +726,7 @@ def grade(tokenizer, rollout, tasks, judge=None):
             tokens[i].append((len(text), len(text) + 1))  # the end token
         for k, rubric in enumerate(task.rubrics):
             in_words = rubric.id == JUDGED and answer.strip()
-            verdict = None if in_words else verify(rubric, text, task.prompt)
+            verdict = None if in_words else verify(rubric, text)
             if in_words or verdict.satisfied and needs_judge(rubric):  # a rule that says no is final
                 questions[i, k] = QUESTION.format(task.prompt, answer, rubric.criterion)
                 continue
@@ -1413,7 +1413,7 @@ def record(index, task, text, truncated, verdicts, known):
     """One response as responses.jsonl has it: evidence in characters, null where a judge gave the verdict."""
     rubrics = []
     for rubric, verdict, by_rule in zip(task.rubrics, verdicts, known):
-        evidence = verify(rubric, text, task.prompt).evidence if by_rule else None
+        evidence = verify(rubric, text).evidence if by_rule else None
         row = dict(id=rubric.id, criterion=rubric.criterion, satisfied=verdict > 0, evidence=evidence)
         rubrics.append(row)
     return dict(index=index, prompt=task.prompt, response=text, truncated=truncated, rubrics=rubrics)
