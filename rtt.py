@@ -1386,14 +1386,12 @@ def train(models, train_tasks, eval_tasks, out, config, done=0):
         if measured:
             result, _ = evaluate(models.policy, eval_tasks[: config.eval_prompts], config, models.judge)
             row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
-        shown = measured or step in (1, config.steps)
         if RANK == 0:
             write_rows(out / "metrics.jsonl", [dict(step=step) | row], "a")
-        if RANK == 0 and shown:
+        if RANK == 0 and (measured or step in (1, config.steps)):
             group = credit(models, config, *example)
             write_rows(out / "credit.jsonl", [dict(step=step) | group], "a")
             write_page(out, config)
-        if measured or step == config.steps:
             save_checkpoint(out, models, step)
         if measured:  # after all is written: nothing that is only shown may cost a step
             line = "step {:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
@@ -1563,10 +1561,9 @@ def trained(models):
 
 def save_checkpoint(out, models, done):
     """Everything that the rest of a run depends on, in one file, which is never half written."""
-    if RANK == 0:
-        state = {name: part.state_dict() for name, part in trained(models).items()}
-        torch.save(state | dict(done=done), out / "checkpoint.new")
-        os.replace(out / "checkpoint.new", out / "checkpoint.pt")
+    state = {name: part.state_dict() for name, part in trained(models).items()}
+    torch.save(state | dict(done=done), out / "checkpoint.new")
+    os.replace(out / "checkpoint.new", out / "checkpoint.pt")
 
 
 def load_checkpoint(out, models):
