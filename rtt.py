@@ -1360,8 +1360,7 @@ def train_step(models, tasks, seeds, config):
 
 def progress(items, what):
     """A progress bar, in a terminal, of the one process that speaks."""
-    style = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
-    return tqdm(items, what, bar_format=style, disable=RANK > 0 or None, leave=False)
+    return tqdm(items, what, disable=RANK > 0 or None, leave=False)
 
 
 def warm_up(models, tasks, config):
