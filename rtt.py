@@ -332,8 +332,7 @@ def make_task(row):
     kwargs = [each or {} for each in row.get("kwargs") or []]
     criteria = row.get("rubrics") or []
     if not fits(row.get("prompt"), str):
-        hint = "; 'messages' are not read" if "messages" in row else ""
-        raise BadInput(f"'prompt' must be a text that is not blank{hint}")
+        raise BadInput("'prompt' must be a text that is not blank")
     if len(ids) != len(kwargs):
         raise BadInput("'instruction_id_list' and 'kwargs' must be lists of one length")
     if not (ids or criteria) or criteria and not fits(criteria, list):
