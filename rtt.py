@@ -1906,9 +1906,7 @@ def number_paragraphs(text, num_paragraphs: int):
 @verifier("length_constraints:nth_paragraph_first_word")
 def nth_paragraph_first_word(text, num_paragraphs: int, nth_paragraph: int, first_word: str):
     """write {num_paragraphs} paragraphs; paragraph {nth_paragraph} begins with the word {first_word}"""
-    starts = [0]
-    for _, end in spans(r"\n\n", text):
-        starts.append(end)
+    starts = [0] + [end for _, end in spans(r"\n\n", text)]
     paragraphs = text.split("\n\n")
     filled = [start for start, paragraph in zip(starts, paragraphs) if paragraph.strip()]
     if nth_paragraph > len(filled):
