@@ -1129,10 +1129,10 @@ def policy_loss(
     elif loss == "grpo-fix":  # TGC: the clip changes the weight alone, whatever the advantage's sign
         weight = fixed.clamp(0.8, 1.2)
     elif loss == "dfpo-min":  # TGC: one weight for the group
-        weight = min_replace(response_ratio).reshape(-1, 1).expand_as(ratio)
+        weight = min_replace(response_ratio).reshape(-1, 1)  # [N, 1]
     elif loss == "dfpo-orth":  # TGC: weights that cancel where a response's advantage is the same everywhere
         mean_advantage = masked_mean(advantages, mask).view(-1, group_size)  # [P, G]
-        weight = adv_orthogonal(response_ratio, mean_advantage).reshape(-1, 1).expand_as(ratio)
+        weight = adv_orthogonal(response_ratio, mean_advantage).reshape(-1, 1)  # [N, 1]
     if loss in TGC:
         # group clip (ours): one ratio outside lets all of the group go, so shared tokens still cancel
         group_inside = inside.view(-1, group_size * mask.shape[1]).all(1)  # [P]
