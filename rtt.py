@@ -1665,8 +1665,7 @@ def load_both(path, rubrics, eval_only):
         train_tasks = [task for task in train_tasks if len(task.rubrics) == rubrics]
         eval_tasks = [task for task in eval_tasks if len(task.rubrics) == rubrics]
     if not eval_tasks or not (train_tasks or eval_only):
-        kind = f" with {rubrics} rubrics" if rubrics else ""
-        raise BadInput(f"{path}: too few prompts{kind}; at least one to train on and one held out are needed")
+        raise BadInput(f"{path} (--rubrics {rubrics}): needs a prompt to train on and one that is held out")
     return train_tasks, eval_tasks
 
 
