@@ -149,7 +149,7 @@ EMBEDDED = dict(  # what differs for the embedded model: a million parameters, o
 
 
 class BadInput(Exception):
-    """What the user gave is wrong. The message is one line: what is wrong, where, and what is allowed."""
+    """What the user gave is wrong. The message's first line says what, where, and what is allowed."""
 
 
 # ==================================================================================================
@@ -359,8 +359,7 @@ def load_tasks(path_or_hub_id, split="train"):
         try:
             lines = [json.dumps(row) for row in datasets.load_dataset(str(path_or_hub_id), split=split)]
         except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
-            reason = str(error).partition("\n")[0]
-            raise BadInput(f"{path}: neither a local file nor to be had from the hub ({reason})") from None
+            raise BadInput(f"{path}: neither a local file nor to be had from the hub: {error}") from None
     tasks = []
     ignored = set()
     for number, line in enumerate(lines, 1):
@@ -426,8 +425,7 @@ def render(tokenizer, *turns):
     try:
         text = tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
-        reason = str(error).partition("\n")[0]
-        raise BadInput(f"{tokenizer.name_or_path}: its chat template fails ({reason})") from None
+        raise BadInput(f"{tokenizer.name_or_path}: its chat template fails: {error}") from None
     if text.rstrip().endswith("<think>"):
         text = f"{text.rstrip()}\n\n</think>\n\n"
     return text
@@ -1698,9 +1696,8 @@ def load_policy(name, config, dtype):
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"cannot be used, from here or the hub ({reason}); python rtt.py alone needs no download"
-        raise BadInput(f"model {name}: {reason}") from None
+        reason = "cannot be used, from here or the hub; python rtt.py alone needs no download"
+        raise BadInput(f"model {name}: {reason}: {str(error).strip()}") from None
     lacking = {"cache", "position_ids", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys()
     kinds = set(getattr(text_settings, "layer_types", None) or [])
     if lacking or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:

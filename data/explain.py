@@ -95,5 +95,5 @@ if __name__ == "__main__":
     try:
         main()
     except (rtt.BadInput, OSError) as error:
-        print(f"explain.py: {error}", file=sys.stderr)
+        print(f"explain.py: {error}".partition("\n")[0], file=sys.stderr)
         sys.exit(2)
