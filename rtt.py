@@ -747,9 +747,8 @@ def grade(tokenizer, rollout, tasks, judge=None):
 # not know, at the first "lamp", whether there will be too few of them.  It learns from the rules' evidence on
 # the policy's own rollouts, a little before RL and one step alongside each RL step.  For criteria in words,
 # which have no evidence, it relies on what it learned from the others.
-
-
-# First, four helpers that training needs, of this model and of the policy (section 7).
+#
+# First come four helpers of training, its own and the policy's (section 7).
 
 
 def precision(device, dtype):
