@@ -833,7 +833,8 @@ class RelevanceDiscriminator(torch.nn.Module):
         """
         self.eval()
         relevance = torch.zeros(*wanted.shape, ids.shape[1], device=ids.device)
-        for i, k, T, logits in self.logits_in_batches(wanted.nonzero().tolist(), criteria, ids, mask, batch):
+        pairs = wanted.nonzero().tolist()
+        for i, k, T, logits in self.logits_in_batches(pairs, criteria, ids, mask, batch):
             relevance[i, k, :T] = logits.sigmoid() * mask[i, :T]
         return relevance
 
@@ -847,7 +848,8 @@ class RelevanceDiscriminator(torch.nn.Module):
         every = known.nonzero().tolist()
         order = torch.randperm(len(every))[: math.ceil(pairs / WORLD)]
         chosen = [every[j] for j in order.tolist()]
-        total = sum(gather(sum(int(mask[i].sum()) for i, _ in chosen)))  # response tokens
+        tokens = sum(int(mask[i].sum()) for i, _ in chosen)
+        total = sum(gather(tokens))  # of all processes
         for i, k, T, logits in self.logits_in_batches(chosen, criteria, ids, mask, batch):
             weight = mask[i, :T].float()
             options = dict(weight=weight, reduction="sum")
@@ -880,7 +882,8 @@ def f1_and_auroc(relevance, evidence):
         return float(f1), 0.5
     below = torch.searchsorted(misses, hits)  # how many irrelevant tokens score below each relevant one
     up_to = torch.searchsorted(misses, hits, right=True)  # and how many not above it
-    return float(f1), float((below + up_to).double().mean() / (2 * len(misses)))
+    wins = (below + up_to).double() / 2  # of each relevant token, a tie counted half
+    return float(f1), float(wins.mean() / len(misses))
 
 
 # ==================================================================================================
