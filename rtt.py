@@ -1010,7 +1010,8 @@ def adv_orthogonal(w, adv):
     w = w.detach().float()
     adv = adv.detach().float()
     square = adv.square().sum(-1, keepdim=True)
-    scale = (adv * w).sum(-1, keepdim=True) / square.clamp(min=1e-12)
+    along = (adv * w).sum(-1, keepdim=True)
+    scale = along / square.clamp(min=1e-12)
     return w - adv * scale.masked_fill(square < 1e-12, 0.0)
 
 
@@ -1029,8 +1030,9 @@ def cancellation_residual(coef, ids, mask):
     push = coef.float().masked_fill(mask == 0, 0.0)  # [G, T]
     mean = zeros.scatter_add(1, index, push) / count.clamp(min=1)  # [G, U]
     mean = mean[:, (count > 0).all(0)]  # [G, shared tokens]
+    tax = mean.sum(0).abs().sum()
     size = mean.abs().sum()
-    return float(mean.sum(0).abs().sum() / size) if size > 0 else 0.0
+    return float(tax / size) if size > 0 else 0.0
 
 
 # ==================================================================================================
