@@ -1104,7 +1104,8 @@ def policy_loss(
     """
     if loss not in CLIP:
         raise ValueError(f"loss must be one of {', '.join(CLIP)}, not {loss!r}")
-    if not logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape or len(mask) % group_size:
+    shapes = {tensor.shape for tensor in (logprobs, old_logprobs, advantages, mask)}
+    if len(shapes) > 1 or len(mask) % group_size:
         raise ValueError("the four tensors must all be [N, T], and N a multiple of group_size")
     low, high = clip or CLIP[loss]
     padding = mask == 0  # whatever stands there, even -inf or NaN, is ignored
@@ -1142,9 +1143,11 @@ def policy_loss(
     if loss not in ("grpo", "gspo"):
         objective = weight * advantages * logprobs
     tokens = mask.sum().clamp(min=1)
+    let_go = ((weight == 0) * mask).sum()
+    kl = k3(old_logprobs, logprobs.detach()).sum()
     stats = dict(
-        clip_fraction=float(((weight == 0) * mask).sum() / tokens),
-        approx_kl=float(k3(old_logprobs, logprobs.detach()).sum() / tokens),
+        clip_fraction=float(let_go / tokens),
+        approx_kl=float(kl / tokens),
         coef=weight * scale * advantages * mask,
     )
     if denominator is None:
