@@ -1523,8 +1523,10 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
             part["coef"][loss] = rounded(stats["coef"])
             part["residual"][loss] = cancellation_residual(stats["coef"], ids, mask)
         partitions[partition] = part
-    written = [row[:n] for row, n in zip(ids.tolist(), mask.sum(1).tolist())]
+    lengths = mask.sum(1).tolist()
+    written = [row[:n] for row, n in zip(ids.tolist(), lengths)]
     texts, tokens = token_spans(policy.tokenizer, written)
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
     return dict(
         prompt=task.prompt,
         rubrics=[rubric.criterion for rubric in task.rubrics],
@@ -1538,7 +1540,7 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
         reward=rounded(rewards),
         response_advantage=rounded(response_adv),
         logprob=rounded(old_logprobs),
-        ratio=rounded((logprobs - old_logprobs).clamp(-20, 20).exp()),
+        ratio=rounded(ratio),
         partitions=partitions,
     )
 
