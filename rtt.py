@@ -280,8 +280,7 @@ def answer_start(response):
 def verify(rubric, response, prompt=""):
     """Verdict and evidence of one rubric on one response; as in IFEval, a blank response satisfies none.
 
-    What a model thinks, up to </think>, is not judged. prompt: not used, no rule needs it. Raises ValueError
-    for a criterion in words.
+    prompt: not used, for no rule needs it. Raises ValueError for a criterion in words.
     """
     offset = answer_start(response)
     answer = response[offset:]
@@ -564,7 +563,6 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 
     ids, attention_mask: [N, L + T], prompts left-padded to L, responses right-padded to T.
     group_size: G > 1 consecutive rows share their prompt, which is then computed once for all of them.
-    Logits exist only where a response token is predicted.
     Raises ValueError for G > 1 with gradient checkpointing: layers that run twice would fill the cache twice.
     """
     if group_size > 1 and model.is_activation_checkpointing and torch.is_grad_enabled():
@@ -1180,7 +1178,6 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
     The denominator is that of the whole update, so the gradient does not depend on how many micro-batches or
     processes there are. The old log-probabilities are the sampler's: no pass is spent on them. Below float32
     the sampler rounds otherwise, so they are the first update's own, and its ratios are 1.
-    reference: the model that --kl holds on to.
     """
     training_mode(model)
     G = config.group_size
@@ -1812,8 +1809,6 @@ def main(argv=None):
 
 # ==================================================================================================
 # Appendix: the other twenty verifiers of IFEval
-#
-# In: a response, and a rubric's arguments.  Out: verdict and evidence, as in section 1.
 
 SCRIPTS = {  # how the Unicode names of a script's letters begin: IFEval's languages that are written in it
     "LATIN": dict(en="English", es="Spanish", pt="Portuguese", fr="French", de="German", it="Italian")
