@@ -140,6 +140,7 @@ class Config:
 EMBEDDED = dict(  # what differs for the embedded model: a million parameters, on a CPU
     model=str(DATA / "tiny"),
     data=str(DATA / "stories"),
+    steps=75,
     max_new_tokens=64,
     discriminator_lr=1e-3,
     lr=3e-4,
@@ -345,8 +346,8 @@ def load_tasks(path_or_hub_id, split="train"):
 
     One JSON object a line, with IFEval's fields `prompt`, `instruction_id_list` and `kwargs`, and with
     `rubrics`, a list of criteria in words for a judge; either of the two kinds of rubric may be absent. Other
-    fields are ignored, which is said once. Raises BadInput, naming file and line, for the first row that is
-    wrong, and for an empty set.
+    fields are ignored. Raises BadInput, naming file and line, for the first row that is wrong, and for an
+    empty set.
     """
     path = Path(path_or_hub_id)
     path = path / f"{split}.jsonl" if path.is_dir() else path
@@ -360,7 +361,6 @@ def load_tasks(path_or_hub_id, split="train"):
         except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
             raise BadInput(f"{path}: neither a local file nor to be had from the hub: {error}") from None
     tasks = []
-    ignored = set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -372,11 +372,8 @@ def load_tasks(path_or_hub_id, split="train"):
             raise BadInput(f"{path}:{number}: {error}") from None
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path}:{number}: not a JSON object of this schema: {error}") from None
-        ignored |= row.keys() - {"prompt", "instruction_id_list", "kwargs", "rubrics", "key"}
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
-    if ignored:
-        print(f"rtt.py: {path}: ignored are the fields {', '.join(sorted(ignored))}", file=sys.stderr)
     return tasks
 
 

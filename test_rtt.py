@@ -306,7 +306,7 @@ def test_trap_16_a_thought_is_not_judged_and_evidence_counts_from_its_beginning(
 ROW = dict(prompt="Tell a story.", instruction_id_list=["punctuation:no_comma"], kwargs=[{}])
 
 
-def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path, capsys):
+def test_rows_as_ifeval_ships_them_load_and_other_fields_are_ignored(tmp_path):
     row = dict(ROW, key=1, rubrics=["is kind"], ground_truth="{}")
     row["instruction_id_list"] = ["length_constraints:number_words", "punctuation:no_comma"]
     row["kwargs"] = [dict(num_words=3.0, relation="at least", keywords=None, frequency=2), None]
@@ -318,8 +318,6 @@ def test_rows_as_ifeval_ships_them_load_and_other_fields_are_named_once(tmp_path
     assert words == rtt.Rubric("length_constraints:number_words", arguments, "write at least 3 words")
     assert no_comma == NO_COMMA
     assert kind.criterion == "is kind"
-    [line] = capsys.readouterr().err.splitlines()
-    assert "a.jsonl" in line and "ground_truth" in line and "key" not in line
     with pytest.raises(ValueError, match="needs a judge"):
         rtt.verify(kind, "Hi.")
 
@@ -1497,7 +1495,10 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
     assert "at least 2" in refused(capsys, "--group-size", "1")
     assert "two numbers" in refused(capsys, "--clip", "0.1")
     assert "nowhere.jsonl" in refused(capsys, "--data", "nowhere.jsonl")
-    assert "no/such/model" in refused(capsys, "--model", "no/such/model", "--out", tmp_path)
+    assert "no/such/model" in refused(capsys, "--model", "no/such/model")
+    rtt.write_rows(tmp_path / "bad.jsonl", [dict(prompt="Go.")])
+    bad = refused(capsys, "--data", tmp_path / "bad.jsonl", "--model", "no/such/model")
+    assert "bad.jsonl:1: no rubric" in bad  # before any model is looked for
 
 
 def test_bad_resumes_are_one_line(finished, folder, data, capsys):
