@@ -168,7 +168,7 @@ length_constraints:nth_paragraph_first_word {"num_paragraphs": 3, "nth_paragraph
 - One.\n\n⟦Two⟧.\n\nThree.
 - One.\n\nx\n\nThree.⟦\n\n⟧Four.
 detectable_content:number_placeholders {"num_placeholders": 2}
-+ Dear ⟦[name]⟧, [⟦[x]⟧] and [
++ Dear ⟦[name]⟧, ⟦[[x]⟧] and [
 - Dear [name], [so\nlong] (
 detectable_content:postscript {"postscript_marker": "P.S."}
 + Bye. ⟦p. s.⟧ see you
