@@ -51,7 +51,7 @@ STUDIES = {  # differences are to the first
     "rtt": "alpha=0,alpha=0+reward=csr,partition=intra,partition=intra+reward=csr,partition=verdict",
     "samples": ",".join(SAMPLES),
     "samples-rates": grid(" ".join(f"{name}+lr" for name in SAMPLES), "3e-5 1e-4 3e-4"),
-    "responses": ",".join([SAMPLES[0], *SAMPLES[8:10]]),
+    "responses": ",".join([SAMPLES[0], *SAMPLES[7:10]]),
     "exchange": grid(
         "updates=4+alpha=0+loss", "grpo gspo dfpo-min dfpo-orth dfpo-min+clip=1~inf dfpo-orth+clip=1~inf"
     ),
