@@ -40,7 +40,7 @@ its ratio has left a small range around 1.
     c           [N, T]     coef                advantage * weight: multiplies each grad log pi
 
     python rtt.py                         the embedded model and stories: minutes on a laptop, no download
-    python rtt.py --model Qwen2.5-0.5B    a model of the hub, on data/instructions: a GPU of 24 GB
+    python rtt.py --model Qwen2.5-0.5B    a model of the hub, on data/instructions: on a GPU
 
 Simpler than the papers, or different: rules verify the rubrics that rules can (IFEval's), a model that is
 asked for yes or no the others. The discriminator is not trained beforehand on labelled data, but online, from

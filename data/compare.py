@@ -55,7 +55,6 @@ STUDIES = {  # differences are to the first
     "exchange": grid(
         "updates=4+alpha=0+loss", "grpo gspo dfpo-min dfpo-orth dfpo-min+clip=1~inf dfpo-orth+clip=1~inf"
     ),
-    "exchange-clip": grid("loss=dfpo-min+clip loss=dfpo-orth+clip", "0.02~0.02 0.05~0.05 0.1~0.1"),
 }
 
 
