@@ -7,6 +7,7 @@ A test whose name begins with test_trap holds a mistake that was found in a real
 """
 
 import builtins
+import io
 import json
 import math
 import os
@@ -134,6 +135,9 @@ keywords:existence {"keywords": ["lamp", "key"]}
 keywords:forbidden_words {"forbidden_words": ["dog", "élan"]}
 + A hotdog and a doghouse.
 - The ⟦Dog⟧'s ⟦dog⟧-house, 😀 ⟦Élan⟧
+keywords:frequency {"keyword": "ow", "frequency": 2, "relation": "at least"}
++ The c⟦ow⟧, the ⟦OW⟧l.
+- The cow.
 keywords:frequency {"keyword": "ow", "frequency": 2, "relation": "less than"}
 + The cow.
 - The cow, the ⟦ow⟧l, n⟦ow⟧.
@@ -210,6 +214,9 @@ startend:quotation {}
 +  ⟦"⟧She said "yes"⟦"⟧\n
 - ⟦S⟧he said "yes"
 - "⟦⟧
+change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "at least"}
++ ⟦X⟧-⟦RAY⟧ at (⟦NASA⟧), Pa3
+- x-ray 123 NASA Aa 灯
 change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "less than"}
 + x-ray 123 NASA Aa 灯
 - X-⟦RAY⟧ at (⟦NASA⟧), Pa3
@@ -431,6 +438,13 @@ def test_trap_7_samples_follow_the_softmax_at_that_temperature_whatever_the_gene
     deviation = (p * (1 - p) / G).sqrt()
     assert ((share - p).abs() < 4 * deviation + 1e-4).all()
     assert rtt.draw(torch.tensor([[-math.inf, 0.0]]), torch.zeros(1)) == 1  # token 0 has no share
+
+
+def test_draw_gives_each_token_its_share_of_the_unit_interval():
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    tokens = rtt.draw(p.log().expand(1000, -1), uniform)
+    assert tokens.bincount(minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
 
 
 @pytest.mark.parametrize("pad", [0, END])
@@ -1195,7 +1209,8 @@ def tax_on_shared_tokens(loss, advantages, shared_ratio=1.1, spread=0.5, clip=(0
 def test_shared_tokens_cancel_under_the_papers_losses_off_policy(loss):
     for shared_ratio in (0.5, 1.1, 2.0):
         assert tax_on_shared_tokens(loss, A, shared_ratio, clip=NO_CLIP) < CANCELS
-    assert tax_on_shared_tokens(loss, A, shared_ratio=0.801, spread=0.02) < CANCELS  # inside the group clip
+    for shared_ratio in (0.801, 1.199):  # just inside the group clip
+        assert tax_on_shared_tokens(loss, A, shared_ratio, spread=0.02) < CANCELS
 
 
 def test_shared_tokens_pay_under_gspo_because_each_response_has_its_own_weight():
@@ -1448,6 +1463,11 @@ def test_the_page_of_a_run_holds_the_numbers_of_the_functions(folder, data, tmp_
         for k in range(K):
             if len(set(verdicts[:G, k].tolist())) > 1:  # the step itself needed it
                 assert_close(relevance[:, k], used[:G, k])
+        written = [row[:n].tolist() for row, n in zip(ids, mask.sum(1))]
+        assert group["ids"] == written
+        texts, spans = rtt.token_spans(AutoTokenizer.from_pretrained(folder), written)
+        assert group["texts"] == texts
+        assert group["spans"] == [[list(span) for span in row] for row in spans]
         A = rtt.response_advantage(rtt.response_reward(verdicts[:G]))
         ratio = torch.tensor(group["ratio"])
         inside = (ratio >= 0.8) & (ratio <= 1.2)
@@ -1533,6 +1553,14 @@ def test_trap_13_a_model_that_is_of_no_use_or_could_run_code_is_one_line(folder,
     assert "quantised" in refused(capsys, *command)
 
 
+def test_a_message_that_the_terminal_cannot_show_is_shown_as_far_as_it_can(monkeypatch):
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(stream, encoding="latin-1", write_through=True))
+    with pytest.raises(SystemExit):
+        rtt.main(["--data", "灯.jsonl"])
+    assert b"?.jsonl" in stream.getvalue()
+
+
 def test_trap_18_cudnn_attention_is_off(capsys):
     torch.backends.cuda.enable_cudnn_sdp(True)
     refused(capsys, "--steps", "0")
@@ -1586,6 +1614,14 @@ def test_the_tables_of_the_committed_results_are_in_their_text(capsys, tmp_path)
         compare.main(["--table", str(path), "--page", str(tmp_path / "curves.html")])
         assert capsys.readouterr().out in text, path
         assert page_data(tmp_path / "curves.html")["curves"]
+
+
+def test_the_page_of_a_study_has_means_and_intervals_over_its_seeds(tmp_path):
+    first = dict(config=dict(out="base+seed=0"), curve=[[0, 0.1], [5, 0.3]])
+    second = dict(config=dict(out="base+seed=1"), curve=[[0, 0.1], [5, 0.5]])
+    compare.write_page([first, second], tmp_path / "curves.html")
+    curve = page_data(tmp_path / "curves.html")["curves"]["base"]["eval_instruction"]
+    assert curve == [[0, 0.1, 0], [5, 0.4, pytest.approx(12.71 * 0.1)]]
 
 
 def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds():
