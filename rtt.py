@@ -1139,14 +1139,12 @@ def policy_loss(
         objective = weight * advantages * logprobs
     tokens = mask.sum().clamp(min=1)
     let_go = ((weight == 0) * mask).sum()
-    kl = k3(old_logprobs, logprobs.detach()).sum()
     stats = dict(
         clip_fraction=float(let_go / tokens),
-        approx_kl=float(kl / tokens),
+        approx_kl=float(k3(old_logprobs, logprobs.detach()).sum() / tokens),
         coef=weight * scale * advantages * mask,
     )
-    if denominator is None:
-        denominator = max(loss_denominator(mask, loss), 1)
+    denominator = denominator or max(loss_denominator(mask, loss), 1)
     return -(objective * scale * mask).sum() / denominator, stats
 
 
@@ -1517,8 +1515,7 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
             part["coef"][loss] = rounded(stats["coef"])
             part["residual"][loss] = cancellation_residual(stats["coef"], ids, mask)
         partitions[partition] = part
-    lengths = mask.sum(1).tolist()
-    written = [row[:n] for row, n in zip(ids.tolist(), lengths)]
+    written = [row[:n] for row, n in zip(ids.tolist(), mask.sum(1).tolist())]
     texts, tokens = token_spans(policy.tokenizer, written)
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
     return dict(
