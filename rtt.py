@@ -11,13 +11,13 @@ token's log-probability is pushed up or down.
 In GRPO the policy (the language model in training) answers each prompt with a group of rollouts (sampled
 responses). A response's advantage says how far its reward lies above the group's mean, in standard
 deviations. It multiplies the gradient of each token's log-probability. The ratio of the new to the old
-probability weighs tokens that an older policy sampled. The clip lets a token go: its weight becomes 0 once
-its ratio has left a small range around 1.
+probability weighs tokens that an older policy sampled. The clip lets a token go (it is pushed no further):
+its weight becomes 0 once its ratio has gone too far from 1.
 
     prompts with rubrics (1)
        | sample G responses to each (2)
        v
-    ids [N, T] -- verify (3) --> verdicts [N, K] --> rewards R [N] --> A [G] ------------.
+    ids [N, T] -- grade (3) ---> verdicts [N, K] --> rewards R [N] --> A [G] ------------.
        |                           | evidence [N, K, T]                                  |
        '--> discriminator (4) <----'                                                     v
                  '---> relevance w [N, K, T] ---> token advantage a [G, T] (5) ---> A + alpha * a
@@ -38,13 +38,14 @@ its ratio has left a small range around 1.
     A + alpha*a [N, T]     advantages          alpha: how much the token level counts
     -           [N, T]     ratio               new over old probability, of a token or of its whole response
     c           [N, T]     coef                advantage * weight: multiplies each grad log pi
+    -           [N, T]     mask                1 at the tokens of a response, 0 at padding
 
     python rtt.py                         the embedded model and stories: minutes on a laptop, no download
     python rtt.py --model Qwen2.5-0.5B    a model of the hub, on data/instructions: on a GPU
 
-Simpler than the papers, or different: rules verify the rubrics that rules can (IFEval's), a model that is
-asked for yes or no the others. The discriminator is not trained beforehand on labelled data, but online, from
-the evidence that the rules give. `token_advantage` and `policy_loss` name what is ours. Adam, a constant
+Simpler than the papers, or different: rules verify the rubrics that they can (IFEval's); for the others a
+model is asked whether they are met. The discriminator is not trained beforehand on labelled data, but online,
+from the evidence that the rules give. `token_advantage` and `policy_loss` name what is ours. Adam, a constant
 learning rate.
 """
 
@@ -157,9 +158,9 @@ class BadInput(Exception):
 # 1. Rubrics: tasks, verdicts, evidence
 #
 # In: a data file; later a response.  Out: tasks (a prompt with its rubrics); later, for each rubric, a
-# verdict and its *evidence*, the characters of the response whose change would flip the verdict.  The verdict
+# verdict and its *evidence*, the characters that it rests on: with others there, it would flip.  The verdict
 # becomes the reward (section 3); the evidence is what the discriminator learns to find (section 4).  Data
-# schema and verdicts are IFEval's (arXiv:2311.07911), strict.
+# schema and verdicts are IFEval's (arXiv:2311.07911), in its strict reading.
 #
 # The five verifiers here show the kinds of evidence: a word that is there, a word that must not be there,
 # what is counted, the end of the response, and a property of the whole text.  A verdict that rests on no
@@ -267,7 +268,7 @@ def end_checker(text, end_phrase: str):
 @verifier("change_case:english_lowercase")
 def english_lowercase(text):
     """write in lowercase letters only"""
-    return text.islower(), [(i, i + 1) for i, char in enumerate(text) if char.isupper() or char.istitle()]
+    return text.islower(), [(i, i + 1) for i, char in enumerate(text) if char.istitle()]
 
 
 def answer_start(response):
@@ -291,6 +292,14 @@ def verify(rubric, response, prompt=""):
         raise ValueError(f"no rule can verify {rubric.criterion!r}: it needs a judge")
     satisfied, evidence = VERIFIERS[rubric.id](answer, **rubric.kwargs)
     return Verdict(bool(satisfied), sorted((offset + start, offset + end) for start, end in evidence))
+
+
+def needs_judge(rubric):
+    """Must a model judge it? A criterion in words, and a language whose letters others share."""
+    if "language" in rubric.kwargs:
+        _, sharing = script_of(rubric.kwargs["language"])
+        return len(sharing) > 1
+    return rubric.id == JUDGED
 
 
 KINDS = {int: "a whole number of at least 1", str: "a text that is not blank", list: "a list of such texts"}
@@ -717,7 +726,7 @@ def grade(tokenizer, rollout, tasks, judge=None):
         if not rollout.truncated[i]:
             tokens[i].append((len(text), len(text) + 1))  # the end token
         for k, rubric in enumerate(task.rubrics):
-            in_words = rubric.id == JUDGED and answer.strip()
+            in_words = rubric.id == JUDGED and answer.strip()  # on a blank answer verify decides
             verdict = None if in_words else verify(rubric, text)
             if in_words or verdict.satisfied and needs_judge(rubric):  # a rule that says no is final
                 questions[i, k] = QUESTION.format(task.prompt, answer, rubric.criterion)
@@ -781,6 +790,20 @@ def descend(model, optimizer, max_norm=1.0):
         tqdm.write(f"step of {type(model).__name__} skipped: gradient norm {norm}")
     optimizer.zero_grad()
     return norm
+
+
+def criteria_of(tasks, verdicts):
+    """What the discriminator reads of each rubric: "yes: use the word lamp", or "no: ..." if violated.
+
+    verdicts [N, K] -> for each of the N responses a list of texts.
+    """
+    G = len(verdicts) // len(tasks)
+    criteria = []
+    for i, row in enumerate(verdicts.tolist()):
+        answers = ["yes" if verdict > 0 else "no" for verdict in row]
+        rubrics = tasks[i // G].rubrics
+        criteria.append([f"{answer}: {rubric.criterion}" for answer, rubric in zip(answers, rubrics)])
+    return criteria
 
 
 class RelevanceDiscriminator(torch.nn.Module):
@@ -903,8 +926,7 @@ def response_advantage(rewards, eps=1e-6):
 
 
 def masked_normalize(x, mask, dim, eps):
-    """(x - mean) / (std + eps) over the entries along `dim` where mask is 1; 0 where it is 0."""
-    x = x.masked_fill(mask == 0, 0.0)  # not x * mask: what stands at padding may be NaN
+    """(x - mean) / (std + eps) over the entries along `dim` where mask is 1; x must be 0 where it is 0."""
     count = mask.sum(dim, keepdim=True).clamp(min=1)
     mean = x.sum(dim, keepdim=True) / count
     centred = (x - mean) * mask
@@ -921,14 +943,15 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool=
     over a response's rubrics, or "sum" (RTT's release has both), in which rubrics that have nothing to do
     with a token do not make its push smaller. Raises ValueError for another partition or pool.
 
-    One rubric, satisfied by the first response for its third token, violated by the second for its second
-    (verdicts [[1], [-1]], relevance [[[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps near 0):
-      "intra", "contested", "cross"  [[-.58, -.58, 1.73, -.58], [.58, -1.73, .58, .58]]
-      "inter", "rubric"              [[0, 0, 2, 0], [0, -2, 0, 0]]: the rest moves if verdicts do not balance
-      "verdict"                      [[0, 0, 1, 0], [0, -1, 0, 0]]: the rest never moves
-    Were both satisfied (verdicts [[1], [1]]), there would be nothing to tell the responses apart:
-      "intra", "inter", "rubric"     [[-.58, -.58, 1.73, -.58], [-.58, 1.73, -.58, -.58]]: they push on
-      the others                     0
+    One rubric, satisfied by two responses for their third token, violated by the last for its second. All
+    begin with the same token: its pushes should sum to 0. verdicts [[1], [1], [-1]], relevance
+    [[[0, 0, 1, 0]], [[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps near 0, give
+                            the first response         the last response           sum at the first token
+      "intra", "contested"  [-.58, -.58, 1.73, -.58]   [.58, -1.73, .58, .58]      -.58
+      "inter", "rubric"     [-.17, -.17, 1.86, -.17]   [-.17, -2.20, -.17, -.17]   -.51
+      "cross"               [-.41, -.41, 1.22, -.41]   [.82, -2.45, .82, .82]      0
+      "verdict"             [0, 0, .71, 0]             [0, -1.41, 0, 0]            0
+    Were all satisfied, "intra", "inter" and "rubric" would still push (sum -1.73), the others not at all.
 
     eps is large on purpose. r lies in [-1, 1]. One relevant token of 40 makes a std of 0.16, while a
     discriminator that sees nothing anywhere still makes one of 0.01 from noise: with eps = 0.1 the first
@@ -987,8 +1010,8 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 # signs of their advantages ("grpo"); one ratio for a whole response, and the division by its length |y|,
 # even on policy ("gspo").  A ratio of each token is harmless: the same token after the same text has one.
 #
-# A token channel must sum to 0 by itself.  Of the partitions of section 5 "verdict" and "cross" do, where a
-# shared token has the same relevance in all responses; a learned relevance comes near to that.
+# Token-level advantages must sum to 0 by themselves.  Those of "verdict" and "cross" do (section 5), where
+# a shared token has the same relevance in all responses; a learned relevance comes near to that.
 
 
 def min_replace(w):
@@ -1005,9 +1028,8 @@ def adv_orthogonal(w, adv):
     w = w.detach().float()
     adv = adv.detach().float()
     square = adv.square().sum(-1, keepdim=True)
-    along = (adv * w).sum(-1, keepdim=True)
-    scale = along / square.clamp(min=1e-12)
-    return w - adv * scale.masked_fill(square < 1e-12, 0.0)
+    along = (adv * w).sum(-1, keepdim=True) / square
+    return w - adv * along.masked_fill(square < 1e-12, 0.0)
 
 
 def cancellation_residual(coef, ids, mask):
@@ -1044,7 +1066,8 @@ CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves f
     "grpo": (0.2, 0.2),
     "grpo-mask": (0.2, 0.2),
     "gspo": (3e-4, 4e-4),
-    "grpo-fix": (0.5, 0.5),  # of TGC's losses, the group clip; (1, inf) is TGC's own form
+    # TGC's losses: the range of the group clip; (1, inf) is their own form, without it
+    "grpo-fix": (0.5, 0.5),
     "dfpo-min": (0.02, 0.02),
     "dfpo-orth": (0.02, 0.02),
 }
@@ -1052,7 +1075,7 @@ TGC = ("grpo-fix", "dfpo-min", "dfpo-orth")
 
 
 def clipped_objective(ratio, advantages, low, high):
-    """PPO's min(ratio * A, clip(ratio) * A), and the weight: the ratio where its gradient lives, else 0.
+    """PPO's min(ratio * A, clip(ratio) * A), and the weight: the ratio where that has a gradient, else 0.
 
     The minimum makes the clip one-sided. A > 0: the gain is capped once ratio > 1 + high, while a ratio
     below 1 - low is still pulled back up. A < 0: capped once ratio < 1 - low, while a ratio above
@@ -1088,7 +1111,7 @@ def policy_loss(
     logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=None, denominator=None
 ):
     """The loss to minimise (a scalar), and its statistics (a dict). Its gradient is, for every loss,
-    d loss / d logprobs = -coef / denominator; but for grpo and gspo its value means nothing.
+    d loss / d logprobs = -coef / denominator; its value means something only for grpo and gspo.
 
     logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows; float32, for in
     half precision a ratio near 1 is mostly rounding. loss: see the branches. clip: (low, high), by default
@@ -1124,11 +1147,11 @@ def policy_loss(
         scale = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
     elif loss == "grpo-mask":  # a clip for both signs of the advantage (IcePop, arXiv:2510.18855)
         weight = fixed * inside
-    elif loss == "grpo-fix":  # TGC: the clip changes the weight alone, whatever the advantage's sign
+    elif loss == "grpo-fix":  # TGC: a weight held within 0.2 of 1, whatever the advantage's sign
         weight = fixed.clamp(0.8, 1.2)
     elif loss == "dfpo-min":  # TGC: one weight for the group
         weight = min_replace(response_ratio).reshape(-1, 1)  # [N, 1]
-    elif loss == "dfpo-orth":  # TGC: weights that cancel where a response's advantage is the same everywhere
+    elif loss == "dfpo-orth":  # TGC: cancels where all tokens of a response have one advantage
         mean_advantage = masked_mean(advantages, mask).view(-1, group_size)  # [P, G]
         weight = adv_orthogonal(response_ratio, mean_advantage).reshape(-1, 1)  # [N, 1]
     if loss in TGC:
@@ -1172,7 +1195,7 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
 
     The denominator is that of the whole update, so the gradient does not depend on how many micro-batches or
     processes there are. The old log-probabilities are the sampler's: no pass is spent on them. Below float32
-    the sampler rounds otherwise, so they are the first update's own, and its ratios are 1.
+    the sampler rounds differently, so they are the first update's own, and its ratios are 1.
     """
     training_mode(model)
     G = config.group_size
@@ -1214,8 +1237,8 @@ def update(model, optimizer, rollout, advantages, config, reference=None):
 # 8. The loop: sample, verify, relevance, advantages, update
 #
 # In: models, tasks, settings.  Out: a trained policy, and a line of metrics a step.  `train_step` is the
-# opening picture in code; `train` repeats it.  What a step does follows from the run's seed and the number of
-# the step alone, so a broken run goes on from a checkpoint as if nothing had happened.
+# opening picture in code; `train` repeats it.  What a step draws at random follows from the run's seed and
+# the number of the step alone, so a broken run goes on from a checkpoint as if nothing had happened.
 
 
 class Models(NamedTuple):
@@ -1229,7 +1252,7 @@ class Models(NamedTuple):
 def step_tasks(tasks, step, config):
     """A step's tasks, and a seed for sampling each: of `config.prompts`, those of this process."""
     rng = random.Random(f"{config.seed} {step}")
-    torch.manual_seed(rng.getrandbits(62))  # for the discriminator's choice of pairs
+    torch.manual_seed(rng.getrandbits(62))  # for what torch draws: the pairs of `fit`, `shuffled`
     drawn = rng.choices(tasks, k=config.prompts)
     seeds = [rng.getrandbits(62) for _ in drawn]
     return drawn[RANK::WORLD], seeds[RANK::WORLD]
@@ -1248,20 +1271,6 @@ def roll_out(policy, tasks, group_size, seeds, config):
             end_ids=policy.end_ids,
             seeds=seeds,
         )
-
-
-def criteria_of(tasks, verdicts):
-    """What the discriminator reads of each rubric: "yes: use the word lamp", or "no: ..." if violated.
-
-    verdicts [N, K] -> for each of the N responses a list of texts.
-    """
-    G = len(verdicts) // len(tasks)
-    criteria = []
-    for i, row in enumerate(verdicts.tolist()):
-        answers = ["yes" if verdict > 0 else "no" for verdict in row]
-        rubrics = tasks[i // G].rubrics
-        criteria.append([f"{answer}: {rubric.criterion}" for answer, rubric in zip(answers, rubrics)])
-    return criteria
 
 
 def scored_tokens(relevance, evidence, wanted, mask):
@@ -1301,12 +1310,12 @@ def batch_advantages(rewards, verdicts, relevance, mask, config):
     token_push = 0.0
     G = config.group_size
     groups = zip(rewards.split(G), verdicts.split(G), relevance.split(G), mask.split(G))
-    for R, s, w, valid in groups:  # [G], [G, K], [G, K, T], [G, T]
+    for R, s, w, m in groups:  # [G], [G, K], [G, K, T], [G, T]
         response_adv = response_advantage(R)  # [G]
-        token_adv = token_advantage(s, w, valid, config.partition, pool=config.pool)  # [G, T]
-        advantages.append(combine_advantages(response_adv, token_adv, valid, config.alpha))
-        response_push += float((response_adv[:, None] * valid).abs().sum())
-        token_push += float((config.alpha * token_adv * valid).abs().sum())
+        token_adv = token_advantage(s, w, m, config.partition, pool=config.pool)  # [G, T]
+        advantages.append(combine_advantages(response_adv, token_adv, m, config.alpha))
+        response_push += float((response_adv[:, None] * m).abs().sum())
+        token_push += float((config.alpha * token_adv * m).abs().sum())
     return torch.cat(advantages), token_push / response_push if response_push else None
 
 
@@ -1321,7 +1330,10 @@ def timed(seconds, phase):
 
 
 def train_step(models, tasks, seeds, config):
-    """The pipeline of the opening picture, once. Returns a row of metrics, and what credit needs."""
+    """The pipeline of the opening picture, once. Returns a row of metrics, and what `credit` needs.
+
+    Of several processes, the metrics are of its own prompts; those of `update` are of all.
+    """
     policy = models.policy
     seconds = {}
     with timed(seconds, "seconds_rollout"):
@@ -1360,7 +1372,7 @@ def progress(items, what):
 
 
 def warm_up(models, tasks, config):
-    """Train the discriminator on `warmup` rollouts of the starting policy, which stays: steps up to 0."""
+    """Train the discriminator, not the policy, on `warmup` rollouts: the steps up to 0."""
     policy = models.policy
     for step in progress(range(1 - config.warmup, 1), "warm-up"):
         drawn, seeds = step_tasks(tasks, step, config)
@@ -1388,7 +1400,7 @@ def train(models, train_tasks, eval_tasks, out, config, done=0):
             write_rows(out / "credit.jsonl", [dict(step=step) | group], "a")
             write_page(out, config)
             save_checkpoint(out, models, step)
-        if measured:  # after all is written: nothing that is only shown may cost a step
+        if measured:  # last: a terminal that fails must not cost what is to be written
             line = "step {:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
             line += "held-out {eval_instruction:.1%} / {eval_rubric:.1%}"
             tqdm.write(line.format(step, **row))
@@ -1482,7 +1494,7 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
     """The first group of a step in numbers, for every partition and loss: a dict, for data/credit.html.
 
     The ratios are those of the policy as it is now, after the step's update, to the sampler. The run's own
-    loss has the run's clip, the others their default, but TGC's their own form: the group clip would hide
+    loss has the run's clip, the others their default, but TGC's are without the group clip, which would hide
     how they cancel.
     """
     policy = models.policy
@@ -1538,9 +1550,9 @@ def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
 
 def write_page(out, config):
     """data/credit.html in the run's folder, with the numbers of credit.jsonl and metrics.jsonl."""
-    setting = {name: getattr(config, name) for name in ("partition", "loss", "alpha", "reward", "relevance")}
+    chosen = {name: getattr(config, name) for name in ("partition", "loss", "alpha", "reward", "relevance")}
     groups = read_rows(out / "credit.jsonl")
-    data = dict(title=out.name, setting=setting, groups=groups, metrics=read_rows(out / "metrics.jsonl"))
+    data = dict(title=out.name, setting=chosen, groups=groups, metrics=read_rows(out / "metrics.jsonl"))
     page = (DATA / "credit.html").read_text(encoding="utf-8")
     text = json.dumps(data, ensure_ascii=False).replace("<", r"\u003c")  # no text can end the script
     (out / "credit.html").write_text(page.replace('"DATA"', text, 1), encoding="utf-8")
@@ -1591,7 +1603,8 @@ def save_results(policy, out, config, before, after, records):
 # ==================================================================================================
 # 10. Main: the command line, the models, a run
 #
-# In: the command line.  Out: a run.  What is wrong is said in one line, before any time is spent on models.
+# In: the command line.  Out: a run.  What is wrong is said in one line, of settings and data before any model
+# is loaded.
 
 MAY_BE_ZERO = ("rubrics", "seed", "alpha", "warmup", "kl", "eval_every")
 
@@ -1601,7 +1614,7 @@ def checked(config):
     for name, value in vars(config).items():
         if type(value) in (int, float) and not (0 < value < 2**62 or value == 0 and name in MAY_BE_ZERO):
             least = "at least 0" if name in MAY_BE_ZERO else "above 0"
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be {least}")
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be {least}, and below 2**62")
     if config.group_size < 2:
         raise BadInput("--group-size 1: must be at least 2, or there is nothing to compare with")
     if config.clip and (len(config.clip) != 2 or not all(x > 0 for x in config.clip)):
@@ -1749,7 +1762,7 @@ def open_run(config):
 def run(config, train_tasks, eval_tasks, out):
     """Load, measure, train, measure again, save."""
     start = time.perf_counter()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # for the discriminator's head
     models = load_models(train_tasks + eval_tasks, config)
     before, records = evaluate(models.policy, eval_tasks, config, models.judge)
     print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
@@ -1829,14 +1842,6 @@ LANGUAGES = {code: name for names in SCRIPTS.values() for code, name in names.it
 def script_of(language):
     """The script of a language, and the languages that are written in it."""
     return next((script, names) for script, names in SCRIPTS.items() if language in names)
-
-
-def needs_judge(rubric):
-    """Must a model judge it? A criterion in words, and a language whose letters others share."""
-    if "language" in rubric.kwargs:
-        _, sharing = script_of(rubric.kwargs["language"])
-        return len(sharing) > 1
-    return rubric.id == JUDGED
 
 
 @verifier("language:response_language")
