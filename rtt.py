@@ -1805,6 +1805,7 @@ def main(argv=None):
         with filelock.FileLock(out / f".lock{RANK}", timeout=0):  # one run at a time in a folder
             run(config, *tasks, out)
         if WORLD > 1:
+            dist.barrier()  # none leaves while the first still writes: its end closes the others' connections
             dist.destroy_process_group()
     except (BadInput, FloatingPointError, OSError) as error:
         print(f"rtt.py: {error}".partition("\n")[0], file=sys.stderr)
