@@ -296,13 +296,13 @@ def verify(rubric, response, prompt=""):
 
 def needs_judge(rubric):
     """Must a model judge it? A criterion in words, and a language whose letters others share."""
-    if "language" in rubric.kwargs:
+    if rubric.id == "language:response_language":
         _, sharing = script_of(rubric.kwargs["language"])
         return len(sharing) > 1
     return rubric.id == JUDGED
 
 
-KINDS = {int: "a whole number of at least 1", str: "a text that is not blank", list: "a list of such texts"}
+KINDS = {int: "a whole number of at least 1", str: "a text that is not blank", list: "a list of texts"}
 
 
 def fits(value, kind):
@@ -505,7 +505,7 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     model.eval()
-    seeds = seeds or torch.randint(2**62, (len(prompts),)).tolist()
+    seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
     shape = (group_size, max_new_tokens)
@@ -931,7 +931,7 @@ def masked_normalize(x, mask, dim, eps):
     mean = x.sum(dim, keepdim=True) / count
     centred = (x - mean) * mask
     std = (centred.square().sum(dim, keepdim=True) / count).sqrt()
-    return centred / (std + eps)
+    return centred / (std + eps).clamp(min=1e-12)
 
 
 @torch.no_grad()
@@ -941,7 +941,7 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool=
     verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T]. No gradient.
     partition: see the branches; the default is RTT's, that of the command line is "verdict". pool: "mean"
     over a response's rubrics, or "sum" (RTT's release has both), in which rubrics that have nothing to do
-    with a token do not make its push smaller. Raises ValueError for another partition or pool.
+    with a token do not make its push smaller. Raises ValueError for another partition, pool or shape.
 
     One rubric, satisfied by two responses for their third token, violated by the last for its second. All
     begin with the same token: its pushes should sum to 0. verdicts [[1], [1], [-1]], relevance
@@ -962,6 +962,8 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool=
     signs = verdicts.float()  # [G, K]
     exists = (signs != 0).float()  # [G, K]
     valid = mask[:, None].float() * exists[..., None]  # [G, K, T]
+    if relevance.shape != valid.shape:
+        raise ValueError(f"relevance must be [G, K, T] = {list(valid.shape)}, not {list(relevance.shape)}")
     relevance = relevance.float().masked_fill(valid == 0, 0.0)  # [G, K, T]
     token_reward = signs[..., None] * relevance  # [G, K, T]
     verdict_adv = masked_normalize(signs, exists, 0, eps)[..., None]  # [G, K, 1]
@@ -1049,7 +1051,7 @@ def cancellation_residual(coef, ids, mask):
     mean = mean[:, (count > 0).all(0)]  # [G, shared tokens]
     tax = mean.sum(0).abs().sum()
     size = mean.abs().sum()
-    return float(tax / size) if size > 0 else 0.0
+    return float(tax / size) if size != 0 else 0.0
 
 
 # ==================================================================================================
@@ -1123,7 +1125,7 @@ def policy_loss(
     if loss not in CLIP:
         raise ValueError(f"loss must be one of {', '.join(CLIP)}, not {loss!r}")
     shapes = {tensor.shape for tensor in (logprobs, old_logprobs, advantages, mask)}
-    if len(shapes) > 1 or len(mask) % group_size:
+    if len(shapes) > 1 or mask.dim() != 2 or len(mask) % group_size:
         raise ValueError("the four tensors must all be [N, T], and N a multiple of group_size")
     low, high = clip or CLIP[loss]
     padding = mask == 0  # whatever stands there, even -inf or NaN, is ignored
@@ -1481,7 +1483,7 @@ def write_rows(path, rows, mode="w"):
 
 def read_rows(path):
     """The rows of a file of JSON lines; one that was cut off at the end is left out."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:  # a character may be cut in two
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 

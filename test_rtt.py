@@ -477,8 +477,9 @@ def test_trap_9_samples_of_a_prompt_do_not_depend_on_the_rest_of_the_batch(make_
         assert not batch.mask[rows, n:].any()
         assert_close(alone.logprobs, batch.logprobs[rows, :n])
     assert len(batch.ids.unique(dim=0)) > 8  # and differ within a group
-    with pytest.raises(ValueError, match="as many seeds"):
-        roll(model, seeds=range(12))  # one a prompt, not one a response
+    for seeds in (range(12), []):  # one a prompt, not one a response
+        with pytest.raises(ValueError, match="as many seeds"):
+            roll(model, seeds=seeds)
 
 
 def test_chosen_logprobs_is_log_softmax_at_the_target_however_many_rows_are_taken_at_a_time():
@@ -651,6 +652,7 @@ def test_the_judge_decides_what_no_rule_can_without_evidence(tokenizer, monkeypa
     german = rtt.make_rubric("language:response_language", dict(language="de"))  # letters that others share
     korean = rtt.make_rubric("language:response_language", dict(language="ko"))
     kind = rtt.Rubric(rtt.JUDGED, {}, "is kind")
+    assert not rtt.needs_judge(rtt.Rubric("mine:code", dict(language="python"), ""))  # somebody's own rule
     task = rtt.Task("Tell.", [NO_COMMA, german, korean, kind])
     ids = tokenizer("A lamp, a key.").input_ids
     rollout = rollout_of(tokenizer, [ids, []], [True, True])  # an empty response satisfies nothing
@@ -828,6 +830,8 @@ def test_trap_6_partitions_against_loops_with_1_2_and_7_rubrics(partition, pool)
         garbage[:, :K] = relevance.masked_fill(mask[:, None] == 0, math.nan)
         advantage = rtt.token_advantage(padded_verdicts, garbage, mask, partition, pool=pool)
         assert_close(advantage, expected)
+    with pytest.raises(ValueError, match="relevance must be"):  # [G, T] would be spread over the responses
+        rtt.token_advantage(verdicts, relevance[:, 0], mask, partition)
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
@@ -930,6 +934,7 @@ def test_cancellation_residual_against_a_loop():
         coef = torch.randn(3, 8)
         mask = torch.randint(2, (3, 8))
         assert_close(rtt.cancellation_residual(coef, ids, mask), slow_residual(coef, ids, mask))
+    assert math.isnan(rtt.cancellation_residual(coef * math.nan, ids, mask))
 
 
 # ======== 7. The update ==========================================================================
@@ -1524,8 +1529,8 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
 def test_bad_resumes_are_one_line(finished, folder, data, capsys):
     assert "not empty" in refused(capsys, *small_run(folder, data, finished))
     assert "only --steps" in refused(capsys, "--resume", finished, "--lr", "1")
-    with open(finished / "credit.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 4, "prompt": "cut off')
+    with open(finished / "credit.jsonl", "ab") as file:
+        file.write('{"step": 4, "prompt": "cut off 灯'.encode()[:-1])  # within a character
     assert "4 are done" in refused(capsys, "--resume", finished, "--steps", "3")
     assert [row["step"] for row in read(finished / "credit.jsonl")] == [1, 2, 4]  # what was cut off is gone
     with filelock.FileLock(finished / ".lock0"):  # another process is at work
@@ -1629,6 +1634,7 @@ def test_a_study_is_summed_up_by_the_means_and_intervals_of_its_seeds():
     mean, half_width = compare.interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert half_width == pytest.approx(4.30 / math.sqrt(3))
+    assert math.isnan(compare.interval([math.nan, math.nan])[0])  # a half without an evaluation
     levels = dict(instruction=50.0, rubric=80.0, goal=None, entropy=1.0, residual=0.0, seconds=1.0)
     first = dict(levels, curve=[[0, 0.1], [50, 0.2], [100, 0.4]])
     better = dict(levels, curve=[[0, 0.1], [50, 0.3], [100, 0.7]])

@@ -165,7 +165,7 @@ def outcome(folder):
 def interval(values):
     """Mean, and half the width of its 95 % interval by Student's t (beyond 10 numbers a little too wide)."""
     n = len(values)
-    spread = stdev(values) if n > 1 else math.nan
+    spread = stdev(values) if n > 1 and not math.isnan(values[0]) else math.nan
     return fmean(values), T95[min(n, 10) - 1] * spread / math.sqrt(n)
 
 
@@ -207,7 +207,7 @@ def configurations(runs):
 
 def table(runs):
     """The table of a study, a line a configuration."""
-    groups = configurations(runs)
+    groups = configurations(runs) or stop("there is no such run")
     first = next(iter(groups.values()))
     heads = ["early %", "to the first", "late %", "to the first", "instruction %", "rubric %"]
     heads.append(f"step of {GOAL:.0%}")

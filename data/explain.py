@@ -94,6 +94,6 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (rtt.BadInput, OSError) as error:
+    except (rtt.BadInput, FloatingPointError, OSError) as error:
         print(f"explain.py: {error}".partition("\n")[0], file=sys.stderr)
         sys.exit(2)
