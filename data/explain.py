@@ -32,10 +32,10 @@ def explain(config, task, rollout, verdicts, relevance, group):
     """Print each section's tensors. group: what rtt.credit says of the same."""
     G = config.group_size
     K = len(task.rubrics)
-    ids = rollout.ids[:G]
-    mask = rollout.mask[:G]
-    s = verdicts[:G, :K]
-    w = relevance[:G, :K]
+    ids = rollout.ids[:G].cpu()
+    mask = rollout.mask[:G].cpu()
+    s = verdicts[:G, :K].cpu()
+    w = relevance[:G, :K].cpu()
     n = int(mask[0].sum())  # tokens of the first response
     characters = [group["texts"][0][start:end] or "(end)" for start, end in group["spans"][0]]
     print(f"1. A prompt and its K = {K} rubrics\n   {task.prompt}")
