@@ -1024,6 +1024,13 @@ def test_coef_is_the_table_of_the_losses_and_minus_the_gradient(loss, clip, toke
     assert_close(logprobs.grad, -expected / divisor)
 
 
+@pytest.mark.parametrize("shape, G", [((4, 5), 3), ((2, 2, 5), 2), ((5,), 5)])
+def test_other_shapes_than_whole_groups_of_rows_are_refused(shape, G):
+    x = torch.zeros(shape)
+    with pytest.raises(ValueError, match="multiple of group_size"):
+        rtt.policy_loss(x, x, x, x, G)
+
+
 @pytest.mark.parametrize("loss", GROUP_CLIPPED)
 @pytest.mark.parametrize("ratio, inside", [(0.801, True), (0.799, False), (1.199, True), (1.201, False)])
 def test_one_ratio_outside_the_range_lets_go_of_its_whole_group_and_of_no_other(loss, ratio, inside):
@@ -1247,7 +1254,8 @@ def test_only_verdict_and_cross_cancel_where_verdicts_do_not_balance(partition):
     advantages = rtt.token_advantage(unbalanced, relevance, MASK, partition)
     tax = tax_on_shared_tokens("dfpo-min", advantages, clip=NO_CLIP)
     assert tax < CANCELS if partition in ("verdict", "cross") else tax > TAXED
-    agreeing = rtt.token_advantage(torch.ones(4, 1), relevance, MASK, partition)  # there is nothing to learn
+    agree = torch.ones(4, 1)  # there is nothing to learn
+    agreeing = rtt.token_advantage(agree, relevance, MASK, partition, eps=0)
     assert agreeing.any() == (partition in ("intra", "inter", "rubric"))
 
 
