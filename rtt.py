@@ -249,7 +249,7 @@ def number_sentences(text, num_sentences: int, relation: RELATION):
     found = spans(SENTENCE_END, text, flags=0)
     rest = text[found[-1][1] :] if found else text
     if rest.strip(" \n\t\"')]"):
-        found += end_of(text)
+        found += end_of(text)  # an unfinished sentence counts
     satisfied, evidence = counted(found, relation, num_sentences)
     return satisfied, evidence or end_of(text)
 
@@ -472,7 +472,10 @@ def positions(attention_mask):
 
 
 def prompt_cache(model, prompt_ids, prompt_mask, group_size):
-    """A cache of prompts [P, L], all but their last token, for N = P * group_size rows, with gradients."""
+    """A cache of prompts [P, L], all but their last token, for N = P * group_size rows, with gradients.
+
+    transformers calls it `cache` now (once `past_key_values`); `logits_to_keep` may be a number or a mask.
+    """
     cache = DynamicCache()
     if prompt_ids.shape[1] > 1:
         mask = prompt_mask[:, :-1]
@@ -1067,7 +1070,7 @@ def cancellation_residual(coef, ids, mask):
 CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves far less than a token's
     "grpo": (0.2, 0.2),
     "grpo-mask": (0.2, 0.2),
-    "gspo": (3e-4, 4e-4),
+    "gspo": (3e-4, 4e-4),  # GSPO's own (arXiv:2507.18071), made for long responses
     # TGC's losses: the range of the group clip; (1, inf) is their own form, without it
     "grpo-fix": (0.5, 0.5),
     "dfpo-min": (0.02, 0.02),
@@ -1913,6 +1916,7 @@ def nth_paragraph_first_word(text, num_paragraphs: int, nth_paragraph: int, firs
     filled = [start for start, paragraph in zip(starts, paragraphs) if paragraph.strip()]
     if nth_paragraph > len(filled):
         return False, []
+    # as in IFEval, blank paragraphs count here
     word = re.match(r"\s*'*\"*([^\s.,?!'\"]+|\S?)", paragraphs[nth_paragraph - 1])
     place = starts[nth_paragraph - 1] + word.start(1)
     evidence = [(place, place + len(word[1]))] if word[1] else []
