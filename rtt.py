@@ -1072,7 +1072,7 @@ CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves f
     "grpo-mask": (0.2, 0.2),
     "gspo": (3e-4, 4e-4),  # GSPO's own (arXiv:2507.18071), made for long responses
     # TGC's losses: the range of the group clip; (1, inf) is their own form, without it
-    "grpo-fix": (0.5, 0.5),
+    "grpo-fix": (0.2, 0.2),
     "dfpo-min": (0.02, 0.02),
     "dfpo-orth": (0.02, 0.02),
 }

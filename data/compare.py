@@ -53,7 +53,9 @@ STUDIES = {  # differences are to the first
     "samples-rates": grid(" ".join(f"{name}+lr" for name in SAMPLES), "3e-5 1e-4 3e-4"),
     "responses": ",".join([SAMPLES[0], *SAMPLES[7:10]]),
     "exchange": grid(
-        "updates=4+alpha=0+loss", "grpo gspo dfpo-min dfpo-orth dfpo-min+clip=1~inf dfpo-orth+clip=1~inf"
+        "updates=4+alpha=0+loss",
+        "grpo gspo gspo+clip=0.02~0.02 grpo-fix+clip=0.2~0.2 dfpo-min dfpo-orth "
+        "grpo-fix+clip=1~inf dfpo-min+clip=1~inf dfpo-orth+clip=1~inf",
     ),
 }
 
