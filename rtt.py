@@ -1152,7 +1152,7 @@ def policy_loss(
         scale = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
     elif loss == "grpo-mask":  # a clip for both signs of the advantage (IcePop, arXiv:2510.18855)
         weight = fixed * inside
-    elif loss == "grpo-fix":  # TGC: a weight held within 0.2 of 1, whatever the advantage's sign
+    elif loss == "grpo-fix":  # TGC: a weight held within 0.2 of 1 (idle in a group clip of 0.2)
         weight = fixed.clamp(0.8, 1.2)
     elif loss == "dfpo-min":  # TGC: one weight for the group
         weight = min_replace(response_ratio).reshape(-1, 1)  # [N, 1]

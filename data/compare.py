@@ -25,7 +25,7 @@ from statistics import fmean, stdev
 RTT = Path(__file__).resolve().parent.parent / "rtt.py"
 GOAL = 0.5  # the held-out instruction-level accuracy whose first step the table names
 MEANS = ["entropy", "residual", "seconds"]  # columns without an interval
-CURVES = ["reward", "entropy", "residual", "token_share", "f1"]  # f1: of the discriminator, if there is one
+CURVES = ["reward", "entropy", "residual", "token_share", "clip_fraction", "f1"]  # f1: if it is learned
 T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 1 to 10 numbers
 
 
