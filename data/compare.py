@@ -54,8 +54,8 @@ STUDIES = {  # differences are to the first
     "responses": ",".join([SAMPLES[0], *SAMPLES[7:10]]),
     "exchange": grid(
         "updates=4+alpha=0+loss",
-        "grpo gspo gspo+clip=0.02~0.02 grpo-fix+clip=0.2~0.2 dfpo-min dfpo-orth "
-        "grpo-fix+clip=1~inf dfpo-min+clip=1~inf dfpo-orth+clip=1~inf",
+        "grpo gspo gspo+clip=0.02~0.02 grpo-mask grpo-fix+clip=0.2~0.2 dfpo-min dfpo-orth "
+        "grpo+clip=1~inf gspo+clip=1~inf grpo-fix+clip=1~inf dfpo-min+clip=1~inf dfpo-orth+clip=1~inf",
     ),
 }
 
