@@ -100,7 +100,7 @@ class Config:
     rubrics: int = setting(0, "use only prompts with exactly so many rubrics; 0: all")
     judge: str = setting("", "model that decides what no rule can; none: the starting policy")
     out: str = setting("", "new folder for all that the run writes; none: runs/<time>")
-    resume: str = setting("", "folder of a broken run to go on with; only --steps, --device beside it")
+    resume: str = setting("", "folder of a run to go on with; only --steps, --device beside it")
     eval_only: bool = setting(False, "measure the model on the held-out prompts, do not train")
     seed: int = setting(0, "of everything random; on the CPU, equal seeds give equal runs")
     device: str = setting("auto", "auto: the best there is", "auto", "cpu", "cuda", "mps")
@@ -114,7 +114,7 @@ class Config:
 
     reward: str = setting("aon", "all rubrics or nothing; or the share of them satisfied", "aon", "csr")
     relevance: str = setting(
-        "discriminator", "learned; or what the rules say, the same misplaced, 1 everywhere",
+        "discriminator", "learned; or what the rules say, that on other tokens, 1 everywhere",
         "discriminator", "evidence", "shuffled", "uniform",
     )
     partition: str = setting("verdict", "what token rewards are normalised over; intra is RTT's", *PARTITIONS)
@@ -124,9 +124,9 @@ class Config:
     warmup: int = setting(24, "rollouts that the discriminator learns from before the first step")
 
     loss: str = setting(
-        "grpo", "see policy_loss", "grpo", "grpo-fix", "grpo-mask", "gspo", "dfpo-min", "dfpo-orth"
+        "grpo", "see policy_loss in rtt.py", "grpo", "grpo-fix", "grpo-mask", "gspo", "dfpo-min", "dfpo-orth"
     )
-    clip: list[float] | None = setting(None, "how far below and above 1 a ratio may go; none: see CLIP")
+    clip: list[float] | None = setting(None, "how far below and above 1 a ratio may go; none: rtt.py's CLIP")
     updates: int = setting(1, "optimiser steps on each rollout")
     lr: float = setting(1e-6, "learning rate of the policy")
     max_grad_norm: float = setting(1.0, "limit of the gradient's norm")
@@ -1816,7 +1816,7 @@ def main(argv=None):
         print(f"rtt.py: {error}".partition("\n")[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("rtt.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("rtt.py: interrupted; --resume FOLDER goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
