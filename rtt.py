@@ -17,10 +17,10 @@ its weight becomes 0 once its ratio has gone too far from 1.
     prompts with rubrics (1)
        | sample G responses to each (2)
        v
-    ids [N, T] -- grade (3) ---> verdicts [N, K] --> rewards R [N] --> A [G] ------------.
+    ids [N, T] -- grade (3) ---> verdicts [N, K] --> rewards R [N] --> A [N] ------------.
        |                           | evidence [N, K, T]                                  |
        '--> discriminator (4) <----'                                                     v
-                 '---> relevance w [N, K, T] ---> token advantage a [G, T] (5) ---> A + alpha * a
+                 '---> relevance w [N, K, T] ---> token advantage a [N, T] (5) ---> A + alpha * a
                                                                                          |
     policy <-- update (7) <-- coefficient c = advantage * weight [N, T] <----------------'
                                   weight: ratio, clipped, made exchangeable (6)
@@ -31,8 +31,8 @@ its weight becomes 0 once its ratio has gone too far from 1.
     M, n                                       some rows picked from a batch
     s           [N, K]     verdicts            +1 satisfied, -1 violated, 0 no such rubric
     w           [N, K, T]  relevance           in [0, 1]: is the token responsible for the verdict?
-    R           [N]        rewards             "aon": all rubrics or nothing; "csr": share satisfied
-    A           [G]        response_adv        (R - mean) / std over the group
+    R           [P, G]     rewards             "aon": all rubrics or nothing; "csr": share satisfied
+    A           [P, G]     response_adv        (R - mean) / std over the group
     r = s * w   [G, K, T]  token_reward        three-dimensional reward space: response, rubric, token
     a           [G, T]     token_adv           r normalised over a partition of it, mean over rubrics
     A + alpha*a [N, T]     advantages          alpha: how much the token level counts
@@ -43,13 +43,14 @@ its weight becomes 0 once its ratio has gone too far from 1.
     python rtt.py                         the embedded model and stories: minutes on a laptop, no download
     python rtt.py --model Qwen2.5-0.5B    a model of the hub, on data/instructions: on a GPU
 
+Sections 1 to 8 are the method, in the order in which the data flows; section 9 is the command line.
+
 Simpler than the papers, or different: rules verify the rubrics that they can (IFEval's); for the others a
 model is asked whether they are met. The discriminator is not trained beforehand on labelled data, but online,
-from the evidence that the rules give. `token_advantage` and `policy_loss` name what is ours. Adam, a constant
-learning rate.
+from the evidence that the rules give. `token_advantage` and `policy_weights` name what is ours. Adam, a
+constant learning rate, one device.
 """
 
-import argparse
 import copy
 import functools
 import inspect
@@ -58,37 +59,33 @@ import math
 import os
 import random
 import re
+import runpy
 import sys
 import time
-import unicodedata
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import filelock
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 DATA = Path(__file__).resolve().parent / "data"
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun: which of WORLD processes this is
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-PARTITIONS = ("intra", "inter", "rubric", "verdict", "contested", "cross")  # see token_advantage
-CONTESTED = ("verdict", "contested", "cross")  # those in which a rubric counts only if its group disagrees
 
 
-def setting(default, text, *choices):
-    """One line of Config: the default of a setting, what --help says of it, and what it may be."""
-    return field(default=default, metadata=dict(help=text) | (dict(choices=choices) if choices else {}))
+def setting(default, text, choices=""):
+    """One line of Config: the default of a setting, what --help says of it, and the words that it may be."""
+    metadata = dict(help=text)
+    if choices:
+        metadata["choices"] = choices.split()
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -97,14 +94,14 @@ class Config:
 
     model: str = setting("", "model folder, or name on the hub such as Qwen2.5-0.5B; none: the embedded one")
     data: str = setting(str(DATA / "instructions"), "folder of train and eval.jsonl, a file, or a hub name")
-    rubrics: int = setting(0, "use only prompts with exactly so many rubrics; 0: all")
+    verifiers: str = setting("", "Python file with verifiers of your own")
     judge: str = setting("", "model that decides what no rule can; none: the starting policy")
     out: str = setting("", "new folder for all that the run writes; none: runs/<time>")
     resume: str = setting("", "folder of a run to go on with; only --steps, --device beside it")
     eval_only: bool = setting(False, "measure the model on the held-out prompts, do not train")
     seed: int = setting(0, "of everything random; on the CPU, equal seeds give equal runs")
-    device: str = setting("auto", "auto: the best there is", "auto", "cpu", "cuda", "mps")
-    dtype: str = setting("auto", "of forward passes; auto: bfloat16 on cuda", "auto", "float32", "bfloat16")
+    device: str = setting("auto", "auto: the best there is", "auto cpu cuda mps")
+    dtype: str = setting("auto", "of forward passes; auto: bfloat16 on cuda", "auto float32 bfloat16")
 
     steps: int = setting(100, "RL steps")
     prompts: int = setting(8, "prompts a step")
@@ -112,20 +109,14 @@ class Config:
     max_new_tokens: int = setting(512, "length limit of a response, in tokens")
     temperature: float = setting(1.0, "of sampling")
 
-    reward: str = setting("aon", "all rubrics or nothing; or the share of them satisfied", "aon", "csr")
-    relevance: str = setting(
-        "discriminator", "learned; or what the rules say, that on other tokens, 1 everywhere",
-        "discriminator", "evidence", "shuffled", "uniform",
-    )
-    partition: str = setting("verdict", "what token rewards are normalised over; intra is RTT's", *PARTITIONS)
+    reward: str = setting("aon", "all rubrics or nothing; or the share of them satisfied", "aon csr")
+    relevance: str = setting("discriminator", "see token_relevance", "discriminator evidence shuffled")
+    partition: str = setting("verdict", "see token_advantage; intra is RTT's", "intra inter rubric verdict")
     alpha: float = setting(0.5, "weight of the token level; 0 is plain GRPO")
-    pool: str = setting("mean", "of the rubrics' token advantages: their mean, or their sum", "mean", "sum")
     discriminator_lr: float = setting(1e-5, "learning rate of the discriminator")
     warmup: int = setting(24, "rollouts that the discriminator learns from before the first step")
 
-    loss: str = setting(
-        "grpo", "see policy_loss in rtt.py", "grpo", "grpo-fix", "grpo-mask", "gspo", "dfpo-min", "dfpo-orth"
-    )
+    loss: str = setting("grpo", "see policy_weights", "grpo grpo-fix grpo-mask gspo dfpo-min dfpo-orth")
     clip: list[float] | None = setting(None, "how far below and above 1 a ratio may go; none: rtt.py's CLIP")
     updates: int = setting(1, "optimiser steps on each rollout")
     lr: float = setting(1e-6, "learning rate of the policy")
@@ -162,18 +153,19 @@ class BadInput(Exception):
 # becomes the reward (section 3); the evidence is what the discriminator learns to find (section 4).  Data
 # schema and verdicts are IFEval's (arXiv:2311.07911), in its strict reading.
 #
-# The five verifiers here show the kinds of evidence: a word that is there, a word that must not be there,
-# what is counted, the end of the response, and a property of the whole text.  A verdict that rests on no
-# character (a forbidden word that is absent) has no evidence.  One that rests on the response ending where it
-# does has the empty span (len, len), which stands for the end token.  IFEval's other twenty: the appendix.
+# The five verifiers here show the kinds of evidence: a word that is there, one that must not be, what is
+# counted, the end of the response, a property of the whole text.  A verdict that rests on no character (a
+# forbidden word is absent) has none.  One that rests on the response ending where it does has the empty span
+# (len, len), which stands for the end token.  IFEval's other twenty are in data/ifeval.py.
 
 JUDGED = "judge"  # the id of a rubric that is a criterion in words, which no rule can check
+ASKING = (JUDGED, "language:response_language")  # those whose verdict a rule may leave to a judge
 VERIFIERS = {}  # rubric id -> a function (text, **kwargs) -> (satisfied, evidence)
 
 
 class Verdict(NamedTuple):
-    satisfied: bool
-    evidence: list[tuple[int, int]]  # spans: [start, end) in characters of the response
+    satisfied: bool | None  # None: no rule can tell, a judge must
+    evidence: list[tuple[int, int]] | None  # spans: [start, end) in characters; None: a judge gave no reason
 
 
 class Rubric(NamedTuple):
@@ -226,6 +218,12 @@ def all_of(verdicts):
     return satisfied, sum([found for met, found in verdicts if met == satisfied], [])
 
 
+@verifier(JUDGED)
+def in_words(text, criterion: str):
+    """{criterion}"""
+    return None, []
+
+
 @verifier("keywords:existence")
 def keywords_existence(text, keywords: list):
     """use the word {keywords}"""
@@ -271,6 +269,11 @@ def english_lowercase(text):
     return text.islower(), [(i, i + 1) for i, char in enumerate(text) if char.istitle()]
 
 
+sys.modules.setdefault("rtt", sys.modules[__name__])  # for the next line, where this file runs as a script
+if (DATA / "ifeval.py").is_file():
+    runpy.run_path(DATA / "ifeval.py")  # its functions register themselves
+
+
 def answer_start(response):
     """Where the answer begins: behind the last </think>, if any; at the end if a thought stays open."""
     _, mark, answer = response.rpartition("</think>")
@@ -279,27 +282,14 @@ def answer_start(response):
     return len(response) if response.lstrip().startswith("<think>") else 0
 
 
-def verify(rubric, response, prompt=""):
-    """Verdict and evidence of one rubric on one response; as in IFEval, a blank response satisfies none.
-
-    prompt: not used, for no rule needs it. Raises ValueError for a criterion in words.
-    """
+def verify(rubric, response):
+    """Verdict and evidence of one rubric on one response; as in IFEval, a blank response satisfies none."""
     offset = answer_start(response)
     answer = response[offset:]
     if not answer.strip():
         return Verdict(False, end_of(response))
-    if rubric.id == JUDGED:
-        raise ValueError(f"no rule can verify {rubric.criterion!r}: it needs a judge")
     satisfied, evidence = VERIFIERS[rubric.id](answer, **rubric.kwargs)
-    return Verdict(bool(satisfied), sorted((offset + start, offset + end) for start, end in evidence))
-
-
-def needs_judge(rubric):
-    """Must a model judge it? A criterion in words, and a language whose letters others share."""
-    if rubric.id == "language:response_language":
-        _, sharing = script_of(rubric.kwargs["language"])
-        return len(sharing) > 1
-    return rubric.id == JUDGED
+    return Verdict(satisfied, sorted((offset + start, offset + end) for start, end in evidence))
 
 
 KINDS = {int: "a whole number of at least 1", str: "a text that is not blank", list: "a list of texts"}
@@ -322,7 +312,7 @@ def make_rubric(rubric_id, kwargs):
         raise BadInput(f"unknown instruction id {rubric_id!r}; known are: {', '.join(sorted(VERIFIERS))}")
     function = VERIFIERS[rubric_id]
     kept = {}
-    words = {}
+    words = {}  # the same for the criterion
     for name, kind in function.__annotations__.items():
         value = kwargs.get(name)
         if not fits(value, kind):
@@ -336,30 +326,30 @@ def make_rubric(rubric_id, kwargs):
 
 
 def make_task(row):
-    """A checked Task from one row of data. Raises BadInput."""
+    """A checked Task from one row of data. Raises BadInput, or what Python says of fields of other types."""
     ids = row.get("instruction_id_list") or []
-    kwargs = [each or {} for each in row.get("kwargs") or []]
+    kwargs = row.get("kwargs") or []
     criteria = row.get("rubrics") or []
     if not fits(row.get("prompt"), str):
         raise BadInput("'prompt' must be a text that is not blank")
     if len(ids) != len(kwargs):
         raise BadInput("'instruction_id_list' and 'kwargs' must be lists of one length")
-    if not (ids or criteria) or criteria and not fits(criteria, list):
+    if not isinstance(criteria, list) or not (ids or criteria):
         raise BadInput("no rubric: needs 'instruction_id_list' and 'kwargs', or 'rubrics', a list of texts")
-    rubrics = [make_rubric(*each) for each in zip(ids, kwargs)]
-    return Task(row["prompt"], rubrics + [Rubric(JUDGED, {}, criterion) for criterion in criteria])
+    rubrics = [make_rubric(rubric_id, arguments or {}) for rubric_id, arguments in zip(ids, kwargs)]
+    rubrics += [make_rubric(JUDGED, dict(criterion=text)) for text in criteria]
+    return Task(row["prompt"], rubrics)
 
 
 def load_tasks(path_or_hub_id, split="train"):
     """The tasks of a .jsonl file, of `split`.jsonl in a folder, or of a data set of that name on the hub.
 
-    One JSON object a line, with IFEval's fields `prompt`, `instruction_id_list` and `kwargs`, and with
-    `rubrics`, a list of criteria in words for a judge; either of the two kinds of rubric may be absent. Other
-    fields are ignored. Raises BadInput, naming file and line, for the first row that is wrong, and for an
-    empty set.
+    One JSON object a line: IFEval's fields `prompt`, `instruction_id_list` and `kwargs`, or `rubrics`, a list
+    of criteria in words, or both. Raises BadInput, naming file and line, for the first row that is wrong.
     """
     path = Path(path_or_hub_id)
-    path = path / f"{split}.jsonl" if path.is_dir() else path
+    if path.is_dir():
+        path = path / f"{split}.jsonl"
     if path.suffix in (".json", ".jsonl") or path.exists():
         lines = path.read_bytes().splitlines()
     else:
@@ -371,16 +361,13 @@ def load_tasks(path_or_hub_id, split="train"):
             raise BadInput(f"{path}: neither a local file nor to be had from the hub: {error}") from None
     tasks = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
-            tasks.append(make_task(row))
-        except BadInput as error:
-            raise BadInput(f"{path}:{number}: {error}") from None
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise BadInput(f"{path}:{number}: not a JSON object of this schema: {error}") from None
+        if line.strip():
+            try:
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
+                tasks.append(make_task(row))
+            except (BadInput, ValueError, TypeError, AttributeError) as error:
+                raise BadInput(f"{path}:{number}: not a row of this schema: {error}") from None
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
     return tasks
@@ -390,11 +377,11 @@ def load_tasks(path_or_hub_id, split="train"):
 # 2. Rollouts: sampling, and scoring what was sampled
 #
 # In: P prompts as token ids.  Out: G responses to each, N = P*G rows, with the log-probability of every
-# sampled token.  Temperature is the only knob: a hidden top-k or repetition penalty would make the
-# distribution that is sampled differ from the one that is scored, and every ratio wrong from the start.
-# `token_logprobs` scores the same tokens again, with gradients.  A prompt is computed once for its group: all
-# of it but the last token, whose output predicts the first of the response, goes into a cache, which is then
-# repeated for the group's rows.  (Not so in training with gradient checkpointing, which allows no cache.)
+# sampled token.  Temperature is the only knob: a hidden top-k would make what is sampled differ from what is
+# scored, and every ratio wrong from the start.  `token_logprobs` scores them again, with gradients.
+# A prompt is computed once for its group: all of it but the last token, whose output predicts the first of
+# the response, goes into a cache, which is then repeated for the group's rows.  (Not so in training with
+# gradient checkpointing, which allows no cache.)
 
 
 class Policy(NamedTuple):
@@ -405,8 +392,7 @@ class Policy(NamedTuple):
 
 @dataclass
 class Rollout:
-    prompt_ids: torch.Tensor  # [P, L] left-padded
-    prompt_mask: torch.Tensor  # [P, L] 1 where there is a prompt token
+    prompts: list[list[int]]  # P, as token ids
     ids: torch.Tensor  # [N, T] sampled tokens, the end token among them; right-padded
     mask: torch.Tensor  # [N, T] 1 where there is a sampled token
     logprobs: torch.Tensor  # [N, T] float32, of each sampled token when it was sampled
@@ -414,56 +400,35 @@ class Rollout:
     truncated: torch.Tensor  # [N] True where the response hit the length limit before its end token
 
 
-def token_ids(tokenizer, text, special=True):
-    """A piece of text as token ids. special: what reads like a special token is one; else it stays text."""
-    options = dict(add_special_tokens=False, split_special_tokens=not special, verbose=False)
-    return tokenizer(text, **options).input_ids
-
-
-def render(tokenizer, *turns):
-    """A user's turn, and perhaps an answer, in the chat template: a text. Raises BadInput where that fails.
-
-    Thinking is switched off: by the template where it can, else by closing the thought that it opens.
-    """
-    messages = [dict(role=role, content=text) for role, text in zip(("user", "assistant"), turns)]
-    options = dict(tokenize=False, add_generation_prompt=len(turns) == 1, enable_thinking=False)
-    try:
-        text = tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # a template is a program that comes with the model: it may raise anything
-        raise BadInput(f"{tokenizer.name_or_path}: its chat template fails: {error}") from None
-    if text.rstrip().endswith("<think>"):
-        text = f"{text.rstrip()}\n\n</think>\n\n"
-    return text
+def token_ids(tokenizer, text):
+    """A text as token ids, nothing added before or behind."""
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def encode_prompt(tokenizer, prompt):
     """A prompt as token ids: through the chat template where there is one, as plain text where not.
 
-    What reads like a special token in the prompt ("<|im_end|>") stays text; only the template's are special.
-    Raises BadInput for a template that fails, or leaves the prompt out.
+    Thinking is switched off: by the template where it can, else by closing the thought that it opens.
+    Raises BadInput for a template that leaves the prompt out.
     """
     if not tokenizer.chat_template:
         ids = tokenizer(prompt, split_special_tokens=True, verbose=False).input_ids
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
-    text = render(tokenizer, prompt)
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    text = tokenizer.apply_chat_template([dict(role="user", content=prompt)], **options)
     if prompt.strip() not in text:
         raise BadInput(f"{tokenizer.name_or_path}: its chat template leaves the prompt out")
-    if token_ids(tokenizer, prompt) == token_ids(tokenizer, prompt, special=False):  # nothing looks special
-        return token_ids(tokenizer, text)  # as a whole: a token may reach over the prompt's edge
-    # what does the template put before and behind a prompt?
-    before, after = render(tokenizer, "~prompt~").split("~prompt~", 1)
-    content = text.removeprefix(before).removesuffix(after)  # a template may strip what it is given
-    content_ids = token_ids(tokenizer, content, special=False)
-    return token_ids(tokenizer, before) + content_ids + token_ids(tokenizer, after)
+    if text.rstrip().endswith("<think>"):
+        text = f"{text.rstrip()}\n\n</think>\n\n"
+    return token_ids(tokenizer, text)
 
 
 def left_padded(rows, pad_id, device):
     """Lists of token ids -> ids [P, L], mask [P, L]."""
-    options = dict(batch_first=True, padding_side="left")
-    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(rows, padding_value=pad_id, **options)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], **options)
-    return ids.to(device), mask.to(device)
+    L = max(map(len, rows))
+    ids = [[pad_id] * (L - len(row)) + row for row in rows]
+    mask = [[0] * (L - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def positions(attention_mask):
@@ -502,23 +467,20 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
 
     prompts: P lists of token ids. end_ids: tokens that end a response. seeds: one integer a prompt, whose
     samples depend on it and on nothing else in the batch. Rows that have ended leave the batch.
-    Leaves the model in evaluation mode. Raises ValueError for a temperature not above 0 and for other than
-    one seed a prompt, and FloatingPointError where the model's probabilities are not numbers.
+    Leaves the model in evaluation mode. Raises ValueError for a temperature of 0 or another number of seeds,
+    FloatingPointError for NaN weights.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
-    model.eval()
     seeds = torch.randint(2**62, (len(prompts),)).tolist() if seeds is None else seeds
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
-    shape = (group_size, max_new_tokens)
-    uniform = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    if temperature <= 0 or len(seeds) != len(prompts):
+        raise ValueError(f"needs a temperature above 0, not {temperature}, and as many seeds as prompts")
+    model.eval()
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniform = [torch.rand(group_size, max_new_tokens, generator=source) for source in sources]
     uniform = torch.cat(uniform).to(model.device)  # [N, max_new_tokens]
     ends = torch.tensor(list(end_ids), dtype=torch.long, device=model.device)
     prompt_ids, prompt_mask = left_padded(prompts, pad_id, model.device)  # [P, L]
     cache = prompt_cache(model, prompt_ids, prompt_mask, group_size)
     attention = prompt_mask.repeat_interleave(group_size, 0)  # [N, L], and a column more at every step
-    place = attention.sum(1, keepdim=True) - 1  # [N, 1] of the token that the model reads next
     token = prompt_ids.repeat_interleave(group_size, 0)[:, -1:]  # [N, 1]
     alive = torch.arange(len(token), device=model.device)  # the rows that have not ended
     ids = torch.full_like(uniform, pad_id, dtype=torch.long)  # [N, max_new_tokens], cut to [N, T] at the end
@@ -526,9 +488,9 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
     logprobs = torch.zeros_like(uniform)
     entropy = torch.zeros_like(uniform)
     for t in range(max_new_tokens):
-        options = dict(attention_mask=attention, position_ids=place, use_cache=True)
-        logits = model(token, cache=cache, **options).logits[:, -1]  # [alive, V]
-        logp = (logits.float() / temperature).log_softmax(-1)
+        options = dict(attention_mask=attention, position_ids=attention.sum(1, keepdim=True) - 1)
+        logits = model(token, cache=cache, use_cache=True, **options).logits
+        logp = (logits[:, -1].float() / temperature).log_softmax(-1)  # [alive, V]
         token = draw(logp, uniform[alive, t])[:, None]  # [alive, 1]
         ids[alive, t] = token[:, 0]
         mask[alive, t] = 1
@@ -541,15 +503,25 @@ def sample(model, prompts, group_size, max_new_tokens, temperature=1.0, end_ids=
         if len(alive) < len(going):
             cache.batch_select_indices(going.nonzero()[:, 0])
         token = token[going]
-        place = place[going] + 1
         attention = F.pad(attention[going], (0, 1), value=1)
-
     if not (logprobs + entropy).isfinite().all():
         raise FloatingPointError("the model's probabilities are not numbers: NaN or infinite weights")
-    truncated = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
-    truncated[alive] = True
+    truncated = ~torch.isin(ids, ends).any(1)  # [N]
     sampled = [tensor[:, : t + 1] for tensor in (ids, mask, logprobs, entropy)]  # [N, T] each
-    return Rollout(prompt_ids, prompt_mask, *sampled, truncated)
+    return Rollout(prompts, *sampled, truncated)
+
+
+def precision(device, dtype):
+    """The context of forward passes: autocast to bfloat16, or nothing. The weights stay in float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def roll_out(policy, tasks, group_size, seeds, config):
+    """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
+    model, tokenizer, ends = policy
+    prompts = [encode_prompt(tokenizer, task.prompt) for task in tasks]
+    with precision(config.device, config.dtype):
+        return sample(model, prompts, group_size, config.max_new_tokens, config.temperature, ends, 0, seeds)
 
 
 def chosen_logprobs(logits, targets, temperature=1.0, chunk=512):
@@ -572,10 +544,9 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 
     ids, attention_mask: [N, L + T], prompts left-padded to L, responses right-padded to T.
     group_size: G > 1 consecutive rows share their prompt, which is then computed once for all of them.
-    Raises ValueError for G > 1 with gradient checkpointing: layers that run twice would fill the cache twice.
     """
-    if group_size > 1 and model.is_activation_checkpointing and torch.is_grad_enabled():
-        raise ValueError("with gradient checkpointing group_size must be 1")
+    if model.is_activation_checkpointing and torch.is_grad_enabled():
+        group_size = 1  # layers that run twice would fill the cache twice
     L = ids.shape[1] - num_response_tokens
     mask = attention_mask[:, L:].bool()  # [N, T]
     cache = None
@@ -583,14 +554,10 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
     if group_size > 1:
         start = L - 1
         cache = prompt_cache(model, ids[::group_size, :L], attention_mask[::group_size, :L], group_size)
-    logits = model(
-        ids[:, start:-1],
-        attention_mask=attention_mask[:, :-1],
-        position_ids=positions(attention_mask)[:, start:-1],
-        cache=cache,
-        use_cache=group_size > 1,
-        logits_to_keep=F.pad(mask, (L - 1 - start, 0)),  # a token is predicted at the place before its own
-    ).logits  # [M, V]
+    place = positions(attention_mask)[:, start:-1]
+    keep = F.pad(mask, (L - 1 - start, 0))  # a token is predicted at the place before its own
+    options = dict(attention_mask=attention_mask[:, :-1], position_ids=place, logits_to_keep=keep)
+    logits = model(ids[:, start:-1], cache=cache, use_cache=group_size > 1, **options).logits  # [M, V]
     logprobs = chosen_logprobs(logits, ids[:, L:][mask], temperature)  # [M]
     return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logprobs)
 
@@ -602,11 +569,6 @@ def token_logprobs(model, ids, attention_mask, num_response_tokens, temperature=
 # reward a response.  Prompts have different numbers of rubrics: K is the largest in the batch, and a verdict
 # of 0 means "no such rubric".  What no rule can verify, a model judges (RTT): is "yes" its likelier answer to
 # whether the response meets the criterion?  A judge gives no evidence.
-
-QUESTION = (
-    "Here is a request, and a response to it.\n\nRequest:\n{}\n\nResponse:\n{}\n\n"
-    "Does the response meet this criterion: {}\nAnswer yes or no. Answer:"
-)
 
 
 def response_reward(verdicts, kind="aon"):
@@ -625,40 +587,35 @@ def response_reward(verdicts, kind="aon"):
     raise ValueError(f"kind must be 'aon' or 'csr', not {kind!r}")
 
 
-def token_spans(tokenizer, responses):
-    """Lists of token ids -> texts, and for each token the span [start, end) of characters that it writes.
+@functools.lru_cache(2**18)
+def decoded(tokenizer, ids):
+    """What these tokens write behind an "a": at the beginning of a text SentencePiece drops a space."""
+    anchor = token_ids(tokenizer, "a")[-1:]
+    options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.decode([*anchor, *ids], **options)[1:]
+
+
+def token_spans(tokenizer, ids):
+    """Token ids -> their text, and for each token the span [start, end) of characters that it writes.
 
     Nothing is encoded again. A character that is spread over several tokens (byte-level BPE, emoji, Chinese)
     is written by each of them: "a" and two tokens that share one emoji have the spans (0, 1), (1, 2), (1, 2).
     """
-    anchor = token_ids(tokenizer, "a")[-1:]
-
-    @functools.cache
-    def decoded(ids):
-        """What these tokens write behind an "a": at the beginning of a text SentencePiece drops a space."""
-        options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return tokenizer.decode(anchor + list(ids), **options)[1:]
-
-    texts = []
+    text = ""  # all whole characters so far
     tokens = []
-    for ids in responses:
-        text = ""  # all whole characters so far
-        row = []
-        pending = ()  # tokens since then
-        start = 0  # of the next token
-        for token in ids:
-            pending = (*pending, token)
-            piece = decoded(pending)
-            whole = piece.rstrip("\ufffd")  # U+FFFD: bytes that are no character, or not yet
-            end = len(text) + len(whole)
-            row.append((start, end if whole == piece else end + 1))
-            start = end
-            if whole == piece:
-                text += piece
-                pending = ()
-        texts.append(text + piece if pending else text)
-        tokens.append(row)
-    return texts, tokens
+    pending = ()  # ids since then
+    start = 0  # of the next token
+    for token in ids:
+        pending = (*pending, token)
+        piece = decoded(tokenizer, pending)
+        whole = piece.rstrip("\ufffd")  # U+FFFD: bytes that are no character, or not yet
+        end = len(text) + len(whole)
+        tokens.append((start, end if whole == piece else end + 1))
+        start = end
+        if whole == piece:
+            text += piece
+            pending = ()
+    return text + decoded(tokenizer, pending), tokens
 
 
 def evidence_to_tokens(evidence, tokens):
@@ -673,76 +630,73 @@ def evidence_to_tokens(evidence, tokens):
     return [float(not characters.isdisjoint(range(start, end))) for start, end in tokens]
 
 
-def first_tokens(tokenizer, word):
-    """The ids of the tokens that can begin a word in an answer: small or capital, with or without a space."""
-    forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-    return {token_ids(tokenizer, form)[0] for form in forms}
+QUESTION = (
+    "Here is a request, and a response to it.\n\nRequest:\n{}\n\nResponse:\n{}\n\n"
+    "Does the response meet this criterion: {}\nAnswer yes or no. Answer:"
+)
 
 
-def context_length(config):
+def context_length(model):
     """How many tokens a model can read; a huge number where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 @torch.no_grad()
 def judge_yes(judge, questions, batch=64):
     """How sure a judge is of "yes": P(yes) / (P(yes) + P(no)) of its next token (RTT; no generation).
 
-    judge: a Policy. questions: M texts -> [M]. A question too long for the judge loses its middle.
+    judge: a Policy. questions: M texts -> [M]. A question too long for the judge loses its beginning.
     """
-    yes = first_tokens(judge.tokenizer, "yes")
-    no = first_tokens(judge.tokenizer, "no")
-    half = context_length(judge.model.config) // 2
+    yes = list({token_ids(judge.tokenizer, form)[0] for form in ("yes", "Yes", " yes", " Yes")})
+    no = list({token_ids(judge.tokenizer, form)[0] for form in ("no", "No", " no", " No")})
+    room = context_length(judge.model)
     sure = []
     for start in range(0, len(questions), batch):
-        rows = [encode_prompt(judge.tokenizer, question) for question in questions[start : start + batch]]
-        rows = [row if len(row) <= 2 * half else row[:half] + row[-half:] for row in rows]
-        ids, mask = left_padded(rows, 0, judge.model.device)
+        part = questions[start : start + batch]
+        rows = [encode_prompt(judge.tokenizer, question)[-room:] for question in part]
+        ids, mask = left_padded(rows, 0, judge.model.device)  # [m, L]
         options = dict(attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1)
         logits = judge.model(ids, **options).logits[:, -1].float()  # [m, V]
-        yes_logits = logits[:, list(yes - no)]  # what can begin both says nothing
-        no_logits = logits[:, list(no - yes)]
-        sure.append((yes_logits.logsumexp(1) - no_logits.logsumexp(1)).sigmoid().cpu())
+        margin = logits[:, yes].logsumexp(1) - logits[:, no].logsumexp(1)  # [m]
+        sure.append(margin.sigmoid().cpu())
     return torch.cat(sure)
 
 
 def grade(tokenizer, rollout, tasks, judge=None):
-    """Verdicts on every response of a rollout, for every rubric of its prompt.
+    """Verdicts on every response of a rollout, for every rubric of its prompt. judge: where no rule decides.
 
-    judge: a Policy, needed where no rule decides. Returns texts (N strings), verdicts [N, K] in {+1, -1, 0},
-    evidence [N, K, T] in {0, 1}, and known [N, K]: False where there is no evidence, for there is no such
-    rubric, or the judge gave the verdict.
+    Returns N texts; for each a list of Verdicts; verdicts [N, K], +1 satisfied, -1 violated, 0 none; evidence
+    [N, K, T], 1 at the tokens that write it, else 0, and NaN where none is known: no such rubric, or a judge.
     """
     N, T = rollout.ids.shape
     G = N // len(tasks)
     K = max(len(task.rubrics) for task in tasks)
     verdicts = torch.zeros(N, K, dtype=torch.long)
-    evidence = torch.zeros(N, K, T)
-    known = torch.zeros(N, K, dtype=torch.bool)
-    lengths = rollout.mask.sum(1) - (~rollout.truncated).long()  # [N] without the end token
-    written = [ids[:n] for ids, n in zip(rollout.ids.tolist(), lengths.tolist())]
-    texts, tokens = token_spans(tokenizer, written)
+    evidence = torch.full((N, K, T), math.nan)
+    texts = []
+    found = []
     questions = {}  # (response, rubric) -> question for the judge
-    for i, text in enumerate(texts):
+    lengths = rollout.mask.sum(1) - (~rollout.truncated).long()  # [N] without the end token
+    for i, (ids, length) in enumerate(zip(rollout.ids.tolist(), lengths.tolist())):
         task = tasks[i // G]
-        answer = text[answer_start(text) :]
-        if not rollout.truncated[i]:
-            tokens[i].append((len(text), len(text) + 1))  # the end token
-        for k, rubric in enumerate(task.rubrics):
-            in_words = rubric.id == JUDGED and answer.strip()  # on a blank answer verify decides
-            verdict = None if in_words else verify(rubric, text)
-            if in_words or verdict.satisfied and needs_judge(rubric):  # a rule that says no is final
-                questions[i, k] = QUESTION.format(task.prompt, answer, rubric.criterion)
-                continue
-            verdicts[i, k] = 1 if verdict.satisfied else -1
-            known[i, k] = True
-            marks = evidence_to_tokens(verdict.evidence, tokens[i])
-            evidence[i, k, : len(marks)] = torch.tensor(marks)
+        text, tokens = token_spans(tokenizer, ids[:length])
+        tokens.append((len(text), len(text) + 1))  # the end token
+        texts.append(text)
+        found.append([verify(rubric, text) for rubric in task.rubrics])
+        for k, verdict in enumerate(found[i]):
+            if verdict.satisfied is None:
+                answer = text[answer_start(text) :]
+                questions[i, k] = QUESTION.format(task.prompt, answer, task.rubrics[k].criterion)
+            else:
+                verdicts[i, k] = 1 if verdict.satisfied else -1
+                marks = evidence_to_tokens(verdict.evidence, tokens) + [0.0] * T
+                evidence[i, k] = torch.tensor(marks[:T])  # a truncated response has no end token
     if questions:
         for (i, k), sure in zip(questions, judge_yes(judge, list(questions.values()))):
+            found[i][k] = Verdict(bool(sure > 0.5), None)
             verdicts[i, k] = 1 if sure > 0.5 else -1
     device = rollout.ids.device
-    return texts, verdicts.to(device), evidence.to(device), known.to(device)
+    return texts, found, verdicts.to(device), evidence.to(device)
 
 
 # ==================================================================================================
@@ -755,12 +709,7 @@ def grade(tokenizer, rollout, tasks, judge=None):
 # the policy's own rollouts, a little before RL and one step alongside each RL step.  For criteria in words,
 # which have no evidence, it relies on what it learned from the others.
 #
-# First come four helpers of training, its own and the policy's (section 7).
-
-
-def precision(device, dtype):
-    """The context of forward passes: autocast to bfloat16, or nothing. The weights stay in float32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+# First come two helpers of training, its own and the policy's (section 7).
 
 
 def training_mode(model):
@@ -772,20 +721,8 @@ def training_mode(model):
         module.training = getattr(module, "gradient_checkpointing", False)
 
 
-def gather(value):
-    """The values that all processes of the run have here, a list in the order of their ranks."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def descend(model, optimizer, max_norm=1.0):
-    """Sum the gradients over processes, clip, step, unless the norm is not finite. Returns the norm."""
-    if WORLD > 1:
-        for weight in model.parameters():
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            dist.all_reduce(weight.grad)
+    """Clip the gradients, take a step, unless their norm is not finite. Returns the norm."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
     if math.isfinite(norm):
         optimizer.step()
@@ -795,18 +732,19 @@ def descend(model, optimizer, max_norm=1.0):
     return norm
 
 
-def criteria_of(tasks, verdicts):
-    """What the discriminator reads of each rubric: "yes: use the word lamp", or "no: ..." if violated.
+def statements(tasks, verdicts):
+    """What the discriminator reads of each verdict in [N, K], but those that are 0: a list of (i, k, text).
 
-    verdicts [N, K] -> for each of the N responses a list of texts.
+    The text is "yes: use the word lamp" where response i satisfies rubric k, else "no: ...".
     """
     G = len(verdicts) // len(tasks)
-    criteria = []
+    found = []
     for i, row in enumerate(verdicts.tolist()):
-        answers = ["yes" if verdict > 0 else "no" for verdict in row]
-        rubrics = tasks[i // G].rubrics
-        criteria.append([f"{answer}: {rubric.criterion}" for answer, rubric in zip(answers, rubrics)])
-    return criteria
+        for k, verdict in enumerate(row):
+            if verdict:
+                answer = "yes" if verdict > 0 else "no"
+                found.append((i, k, f"{answer}: {tasks[i // G].rubrics[k].criterion}\n"))
+    return found
 
 
 class RelevanceDiscriminator(torch.nn.Module):
@@ -823,97 +761,93 @@ class RelevanceDiscriminator(torch.nn.Module):
         self.dtype = dtype
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
 
-    def forward(self, criteria, ids, mask):
-        """criteria: M texts, as of criteria_of; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
-        rows = [token_ids(self.tokenizer, f"{criterion}\n", special=False) for criterion in criteria]
-        criterion_ids, criterion_mask = left_padded(rows, 0, ids.device)  # [M, C]
-        attention = torch.cat([criterion_mask, mask], 1)  # [M, C + T]
-        joined = torch.cat([criterion_ids, ids], 1)  # [M, C + T] the response's tokens are the policy's own
+    def forward(self, texts, ids, mask):
+        """texts: M, as of `statements`; ids, mask: [M, T] -> [M, T] float32 logits of relevance."""
+        rows = [token_ids(self.tokenizer, text) for text in texts]
+        text_ids, text_mask = left_padded(rows, 0, ids.device)  # [M, C]
+        joined = torch.cat([text_ids, ids], 1)  # [M, C + T] the response's tokens are the policy's own
+        attention = torch.cat([text_mask, mask], 1)  # [M, C + T]
         options = dict(attention_mask=attention, position_ids=positions(attention), use_cache=False)
         with precision(ids.device, self.dtype):
             hidden = self.base(joined, **options).last_hidden_state  # [M, C + T, H]
             return self.head(hidden[:, -ids.shape[1] :]).squeeze(2).float()
 
-    def logits_in_batches(self, pairs, criteria, ids, mask, size):
-        """For pairs (response i, rubric k), `size` at a time: their i, their k, T, and logits [size, T]."""
+    def batches(self, found, ids, mask, size):
+        """Of `size` statements at a time: their responses i, their rubrics k, T, and logits [size, T]."""
         lengths = mask.sum(1).tolist()
-        pairs = sorted(pairs, key=lambda pair: lengths[pair[0]])  # like lengths together: less padding
-        for start in range(0, len(pairs), size):
-            part = pairs[start : start + size]
-            i = [response for response, _ in part]
-            k = [rubric for _, rubric in part]
+        found = sorted(found, key=lambda statement: lengths[statement[0]])  # like lengths: less padding
+        for start in range(0, len(found), size):
+            i, k, texts = zip(*found[start : start + size])
             T = lengths[i[-1]]
-            texts = [criteria[response][rubric] for response, rubric in part]
             yield i, k, T, self(texts, ids[i, :T], mask[i, :T])
 
     @torch.no_grad()
-    def predict(self, criteria, ids, mask, wanted, batch=64):
-        """criteria: for each response K texts or fewer; ids, mask [N, T] -> relevance [N, K, T] in [0, 1].
-
-        wanted [N, K]: 0 where nothing needs to be known; there, and at padding, the relevance is 0.
-        """
+    def predict(self, tasks, verdicts, ids, mask, batch=64):
+        """verdicts [N, K], 0 where nothing is asked; ids, mask [N, T] -> relevance [N, K, T] in [0, 1]."""
         self.eval()
-        relevance = torch.zeros(*wanted.shape, ids.shape[1], device=ids.device)
-        pairs = wanted.nonzero().tolist()
-        for i, k, T, logits in self.logits_in_batches(pairs, criteria, ids, mask, batch):
+        relevance = torch.zeros(*verdicts.shape, ids.shape[1], device=ids.device)
+        for i, k, T, logits in self.batches(statements(tasks, verdicts), ids, mask, batch):
             relevance[i, k, :T] = logits.sigmoid() * mask[i, :T]
         return relevance
 
-    def fit(self, criteria, ids, mask, evidence, known, pairs=48, batch=16):
-        """One step of cross-entropy towards evidence [N, K, T] on random (response, rubric) pairs.
+    def fit(self, tasks, verdicts, ids, mask, evidence, pairs=48, batch=16):
+        """One step of cross-entropy towards evidence [N, K, T], on random pairs of response and rubric.
 
-        known [N, K]: where there is evidence. At most `batch` pairs are in memory at a time. Of several
-        processes each takes its share of the pairs.
+        Not on those whose evidence is NaN, not known. At most `batch` pairs are in memory at a time.
         """
         training_mode(self)
-        every = known.nonzero().tolist()
-        order = torch.randperm(len(every))[: math.ceil(pairs / WORLD)]
-        chosen = [every[j] for j in order.tolist()]
-        tokens = sum(int(mask[i].sum()) for i, _ in chosen)
-        total = sum(gather(tokens))  # of all processes
-        for i, k, T, logits in self.logits_in_batches(chosen, criteria, ids, mask, batch):
+        known = ~evidence[:, :, 0].isnan()
+        every = statements(tasks, verdicts * known)
+        chosen = [every[j] for j in torch.randperm(len(every))[:pairs].tolist()]
+        total = sum(int(mask[i].sum()) for i, _, _ in chosen)  # tokens
+        for i, k, T, logits in self.batches(chosen, ids, mask, batch):
             weight = mask[i, :T].float()
-            options = dict(weight=weight, reduction="sum")
-            loss = F.binary_cross_entropy_with_logits(logits, evidence[i, k, :T], **options)
+            loss = F.binary_cross_entropy_with_logits(logits, evidence[i, k, :T], weight, reduction="sum")
             (loss / total).backward()
-        if total:
-            descend(self, self.optimizer)
+        descend(self, self.optimizer)
 
 
-def shuffled(relevance, mask):
-    """relevance [N, K, T] with the tokens of each response in a random order: the same credit, misplaced."""
-    keys = torch.rand(mask.shape).to(mask.device) - mask.float()  # [N, T] below 0 at tokens, not at padding
-    order = keys.argsort(1)[:, None].expand_as(relevance)  # [N, K, T]
-    return relevance.gather(2, order) * mask[:, None]
-
-
-def f1_and_auroc(relevance, evidence):
-    """Token-level F1 (at 0.5) and area under the ROC curve of scores [M] against labels [M] in {0, 1}.
-
-    AUROC is the chance that a relevant token scores above an irrelevant one, ties counted half; 0.5,
-    which says nothing, where either kind is missing.
-    """
-    positive = evidence > 0.5
+def token_f1(relevance, evidence):
+    """F1 at 0.5 of scores [M] against labels [M] in {0, 1}: the harmonic mean of precision and recall."""
+    relevant = evidence > 0.5
     predicted = relevance > 0.5
-    right = (positive & predicted).sum()
-    f1 = 2 * right / (positive.sum() + predicted.sum()).clamp(min=1)
-    hits = relevance[positive]
-    misses = relevance[~positive].sort().values
-    if len(hits) == 0 or len(misses) == 0:
-        return float(f1), 0.5
-    below = torch.searchsorted(misses, hits)  # how many irrelevant tokens score below each relevant one
-    up_to = torch.searchsorted(misses, hits, right=True)  # and how many not above it
-    wins = (below + up_to).double() / 2  # of each relevant token, a tie counted half
-    return float(f1), float(wins.mean() / len(misses))
+    right = (relevant & predicted).sum()
+    return float(2 * right / (relevant.sum() + predicted.sum()).clamp(min=1))
+
+
+def token_relevance(discriminator, tasks, rollout, verdicts, evidence, config):
+    """Relevance [N, K, T] by the source that was asked for, and the F1 of a learned one.
+
+    "discriminator": learned. "evidence": what the rules say. "shuffled": that on random tokens, a control.
+    """
+    mask = rollout.mask
+    known = ~evidence.isnan()  # [N, K, T]
+    labels = evidence.nan_to_num(0)
+    if config.relevance == "shuffled":
+        keys = torch.rand(mask.shape).to(mask.device) - mask.float()  # [N, T] tokens come before padding
+        order = keys.argsort(1)[:, None].expand_as(labels)  # [N, K, T]
+        return labels.gather(2, order) * mask[:, None], None
+    if discriminator is None:
+        return labels, None
+    wanted = verdicts  # [N, K]
+    if config.partition == "verdict":  # a rubric on which the group agrees has no advantage to be spread
+        grouped = wanted.view(len(tasks), config.group_size, -1)  # [P, G, K]
+        differs = (grouped != grouped[:, :1]).any(1, keepdim=True)  # [P, 1, K]
+        wanted = (grouped * differs).view_as(wanted)
+    relevance = discriminator.predict(tasks, wanted, rollout.ids, mask)
+    scored = (wanted != 0)[..., None] & (mask[:, None] > 0) & known  # [N, K, T]
+    f1 = token_f1(relevance[scored], labels[scored])  # before it learns from these responses
+    discriminator.fit(tasks, verdicts, rollout.ids, mask, evidence)
+    return relevance, f1
 
 
 # ==================================================================================================
-# 5. Advantages: response level, token level, combined
+# 5. Advantages: response level and token level
 #
-# In: for one prompt, rewards [G], verdicts [G, K], relevance [G, K, T].  Out: one advantage a token [G, T].
-# The response-level advantage is GRPO's.  The token level lives in RTT's three-dimensional reward space
-# r[i, k, t] = verdict * relevance.  Which entries of r share one mean and one standard deviation?  That is
-# RTT's group partitioning problem; the partitions below differ in one line.
+# In: for one prompt, rewards [G], verdicts [G, K], relevance [G, K, T].  Out: A [G] and a [G, T]; RTT-GRPO's
+# advantage is A[:, None] + alpha * a.  The response level is GRPO's.  The token level lives in RTT's
+# three-dimensional reward space r[i, k, t] = verdict * relevance.  Which entries of r share one mean and one
+# standard deviation?  That is RTT's group partitioning problem; the partitions below differ in one line.
 
 
 def response_advantage(rewards, eps=1e-6):
@@ -938,30 +872,27 @@ def masked_normalize(x, mask, dim, eps):
 
 
 @torch.no_grad()
-def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool="mean"):
+def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     """Token-level advantage [G, T] of one group: token rewards, normalised over a partition of them (RTT).
 
     verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T]. No gradient.
-    partition: see the branches; the default is RTT's, that of the command line is "verdict". pool: "mean"
-    over a response's rubrics, or "sum" (RTT's release has both), in which rubrics that have nothing to do
-    with a token do not make its push smaller. Raises ValueError for another partition, pool or shape.
+    partition: see the branches; the default is RTT's, that of the command line is "verdict". The mean over a
+    response's K rubrics: their sum, which RTT's release has too, is alpha * K in place of alpha.
+    Raises ValueError for another shape.
 
     One rubric, satisfied by two responses for their third token, violated by the last for its second. All
     begin with the same token: its pushes should sum to 0. verdicts [[1], [1], [-1]], relevance
     [[[0, 0, 1, 0]], [[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps near 0, give
-                            the first response         the last response           sum at the first token
-      "intra", "contested"  [-.58, -.58, 1.73, -.58]   [.58, -1.73, .58, .58]      -.58
-      "inter", "rubric"     [-.17, -.17, 1.86, -.17]   [-.17, -2.20, -.17, -.17]   -.51
-      "cross"               [-.41, -.41, 1.22, -.41]   [.82, -2.45, .82, .82]      0
-      "verdict"             [0, 0, .71, 0]             [0, -1.41, 0, 0]            0
-    Were all satisfied, "intra", "inter" and "rubric" would still push (sum -1.73), the others not at all.
+                          the first response         the last response           sum at the first token
+      "intra"             [-.58, -.58, 1.73, -.58]   [.58, -1.73, .58, .58]      -.58
+      "inter", "rubric"   [-.17, -.17, 1.86, -.17]   [-.17, -2.20, -.17, -.17]   -.51
+      "verdict"           [0, 0, .71, 0]             [0, -1.41, 0, 0]            0
+    Were all satisfied, the first three would still push (sum -1.73), "verdict" would not.
 
     eps is large on purpose. r lies in [-1, 1]. One relevant token of 40 makes a std of 0.16, while a
     discriminator that sees nothing anywhere still makes one of 0.01 from noise: with eps = 0.1 the first
     keeps most of its credit, and the noise is not blown up to full size.
     """
-    if pool not in ("mean", "sum"):
-        raise ValueError(f"pool must be 'mean' or 'sum', not {pool!r}")
     signs = verdicts.float()  # [G, K]
     exists = (signs != 0).float()  # [G, K]
     valid = mask[:, None].float() * exists[..., None]  # [G, K, T]
@@ -969,34 +900,16 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1, pool=
         raise ValueError(f"relevance must be [G, K, T] = {list(valid.shape)}, not {list(relevance.shape)}")
     relevance = relevance.float().masked_fill(valid == 0, 0.0)  # [G, K, T]
     token_reward = signs[..., None] * relevance  # [G, K, T]
-    verdict_adv = masked_normalize(signs, exists, 0, eps)[..., None]  # [G, K, 1]
-    divisor = exists.sum(1).clamp(min=1)[:, None] if pool == "mean" else 1  # [G, 1]: rubrics, or 1
+    rubrics = exists.sum(1).clamp(min=1)[:, None]  # [G, 1]
     if partition == "intra":  # RTT: over the tokens of each response and rubric
         advantage = masked_normalize(token_reward, valid, 2, eps)
     elif partition == "inter":  # RTT: over the tokens of all responses, for each rubric
         advantage = masked_normalize(token_reward, valid, (0, 2), eps)
-    elif partition == "rubric":  # RTT: over the tokens of all responses, after pooling the rubrics
-        return masked_normalize(token_reward.sum(1) / divisor, mask.float(), (0, 1), eps)
+    elif partition == "rubric":  # RTT: over the tokens of all responses, after the mean over the rubrics
+        return masked_normalize(token_reward.sum(1) / rubrics, mask.float(), (0, 1), eps)
     elif partition == "verdict":  # ours: verdicts over the responses, only then spread by relevance
-        advantage = verdict_adv * relevance
-    elif partition == "contested":  # ours: intra, but 0 from rubrics on which the group agrees
-        advantage = masked_normalize(token_reward, valid, 2, eps) * (verdict_adv != 0)
-    elif partition == "cross":  # ours: verdict, with the relevance normalised over all responses
-        advantage = verdict_adv * masked_normalize(relevance, valid, (0, 2), eps)
-    else:
-        raise ValueError(f"unknown partition {partition!r}")
-    return advantage.sum(1) / divisor  # [G, T]
-
-
-def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
-    """response_adv [G], token_adv [G, T], mask [G, T] -> advantage [G, T], 0 at padding (RTT-GRPO).
-
-    "add": A + alpha * a.  "mix": (1 - alpha) * A + alpha * a.  Raises ValueError for another way.
-    """
-    if how not in ("add", "mix"):
-        raise ValueError(f"how must be 'add' or 'mix', not {how!r}")
-    rest = 1 - alpha if how == "mix" else 1.0
-    return (rest * response_adv[:, None] + alpha * token_adv).masked_fill(mask == 0, 0.0)
+        advantage = masked_normalize(signs, exists, 0, eps)[..., None] * relevance
+    return advantage.sum(1) / rubrics  # [G, T]
 
 
 # ==================================================================================================
@@ -1006,17 +919,17 @@ def combine_advantages(response_adv, token_adv, mask, alpha=0.5, how="add"):
 # Any group objective has the gradient sum_i sum_t c[i, t] * grad log pi(y[i, t]), with the effective
 # coefficient c = advantage * weight.  A token that all responses share in the same context has the same
 # gradient in all of them: it moves by sum_i c[i, t].  Sharing it made no response better than another, so
-# the sum should be 0.  A group's response-level advantages sum to 0.  Multiplied by weights that differ
-# between the responses they do not, unless the weights are first made equal or orthogonal to the advantages.
-# What is left over is the learning tax: the policy drifts, and no response is the better for it.
-# TGC's word for the condition is exchangeable: it must not matter in which response a shared token stands.
+# the sum should be 0: it must not matter in which response a shared token stands.  A group's response-level
+# advantages sum to 0.  Multiplied by weights that differ between the responses they do not, unless these
+# are first made equal, or orthogonal to the advantages.  What is left over is the learning tax: the policy
+# drifts, and no response is the better for it.
 #
 # What breaks it: PPO's one-sided clip, which lets a token go in some responses and not in others, by the
 # signs of their advantages ("grpo"); one ratio for a whole response, and the division by its length |y|,
 # even on policy ("gspo").  A ratio of each token is harmless: the same token after the same text has one.
 #
-# Token-level advantages must sum to 0 by themselves.  Those of "verdict" and "cross" do (section 5), where
-# a shared token has the same relevance in all responses; a learned relevance comes near to that.
+# Token-level advantages must sum to 0 by themselves.  Those of "verdict" do (section 5), where a shared token
+# has the same relevance in all responses; a learned relevance comes near to that.
 
 
 def min_replace(w):
@@ -1058,11 +971,14 @@ def cancellation_residual(coef, ids, mask):
 
 
 # ==================================================================================================
-# 7. The update: one loss function, six methods
+# 7. The update: six weights, one loss
 #
-# In: log-probabilities with gradient, those of the sampler, advantages, all [N, T].  Out: a scalar, and the
-# effective coefficients c of section 6.  Each method is a choice of the weight that stands beside the
-# advantage: which ratio, per token or per response, clipped how, transformed how.
+# In: log-probabilities with gradient, those of the sampler, advantages, all [N, T].  Out: a changed policy.
+# Every method is a weight [N, T] that has no gradient.  The loss is always
+#     -sum(weight * logprobs * advantages) / denominator
+# with the gradient -c / denominator, c = advantages * weight, at each log-probability: what section 6 speaks
+# of is literally what the code multiplies.  The loss's value means nothing, only its gradient does.
+#
 # Off policy a weight has two duties: shared tokens must cancel (TGC), and a token that has been pushed far
 # enough must be let go (PPO's clip).  "grpo" sees to the second, TGC's losses to the first; with the group
 # clip, which is ours, they see to both, and so does "grpo-mask".
@@ -1076,20 +992,52 @@ CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves f
     "dfpo-min": (0.02, 0.02),
     "dfpo-orth": (0.02, 0.02),
 }
-TGC = ("grpo-fix", "dfpo-min", "dfpo-orth")
 
 
-def clipped_objective(ratio, advantages, low, high):
-    """PPO's min(ratio * A, clip(ratio) * A), and the weight: the ratio where that has a gradient, else 0.
+@torch.no_grad()
+def policy_weights(logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=None):
+    """The weight [N, T] of each token's log-probability beside its advantage, 0 at padding. No gradient.
 
-    The minimum makes the clip one-sided. A > 0: the gain is capped once ratio > 1 + high, while a ratio
-    below 1 - low is still pulled back up. A < 0: capped once ratio < 1 - low, while a ratio above
-    1 + high is still pushed down. With a clip of 0.2, (ratio, A) -> objective, weight:
-    (1.5, 1) -> 1.2, 0;  (0.5, 1) -> 0.5, 0.5;  (1.5, -1) -> -1.5, 1.5;  (0.5, -1) -> -0.8, 0.
+    logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows; float32, for in
+    half precision a ratio near 1 is mostly rounding. clip: (low, high), by default CLIP's. Divide the loss by
+    the number of tokens, for "gspo" by that of responses. Raises ValueError for an unknown loss or shape.
+
+    PPO's objective is min(ratio * A, clip(ratio) * A). Its slope is the ratio, or 0 where a token has gone
+    far enough in the direction of its advantage: A > 0 and ratio > 1 + high, or A < 0 and ratio < 1 - low.
+    On the other side it is still pulled back. With a clip of 0.2, (ratio, A) -> weight:
+    (1.5, 1) -> 0;  (0.5, 1) -> 0.5;  (1.5, -1) -> 1.5;  (0.5, -1) -> 0.
     """
-    free = ratio * advantages
-    clipped = ratio.clamp(1 - low, 1 + high) * advantages
-    return torch.min(free, clipped), ratio.detach() * (free <= clipped)
+    if mask.dim() != 2 or len(mask) % group_size or loss not in CLIP:
+        raise ValueError(f"needs [N, T], N a multiple of group_size, and a loss of {', '.join(CLIP)}")
+    low, high = clip or CLIP[loss]
+    real = mask > 0
+    log_ratio = (logprobs - old_logprobs).masked_fill(~real, 0.0)  # [N, T]
+    length = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1] |y|
+    if loss in ("gspo", "dfpo-min", "dfpo-orth"):  # one ratio a response: the geometric mean of its tokens'
+        log_ratio = (log_ratio.sum(1, keepdim=True) / length).expand_as(mask)
+    ratio = log_ratio.clamp(max=20).exp()  # [N, T]
+    far_up = ratio > 1 + high
+    far_down = ratio < 1 - low
+    far_enough = (far_up & (advantages > 0)) | (far_down & (advantages < 0))  # PPO's clip
+    group_ratio = ratio[:, 0].view(-1, group_size)  # [P, G] where a response has one ratio
+    if loss == "grpo":
+        weight = ratio * ~far_enough
+    elif loss == "grpo-mask":  # a clip for both signs of the advantage (IcePop, arXiv:2510.18855)
+        weight = ratio * ~(far_up | far_down)
+    elif loss == "gspo":  # each response counts alike, whatever its length
+        weight = ratio * ~far_enough / length
+    elif loss == "grpo-fix":  # TGC: a weight held within 0.2 of 1 (idle in a group clip of 0.2)
+        weight = ratio.clamp(0.8, 1.2)
+    elif loss == "dfpo-min":  # TGC: one weight for the group
+        weight = min_replace(group_ratio).reshape(-1, 1)  # [N, 1]
+    elif loss == "dfpo-orth":  # TGC: cancels where all tokens of a response have one advantage
+        mean_advantage = advantages.masked_fill(~real, 0.0).sum(1, keepdim=True) / length  # [N, 1]
+        weight = adv_orthogonal(group_ratio, mean_advantage.view(-1, group_size)).reshape(-1, 1)  # [N, 1]
+    if loss in ("grpo-fix", "dfpo-min", "dfpo-orth"):
+        # group clip (ours): one ratio outside lets all of the group go, so shared tokens still cancel
+        outside = (far_up | far_down).view(len(group_ratio), -1).any(1)  # [P]
+        weight = weight * ~outside.repeat_interleave(group_size)[:, None]
+    return weight * real
 
 
 def k3(log_p, log_q):
@@ -1101,145 +1049,67 @@ def k3(log_p, log_q):
     return difference.expm1() - difference  # expm1: exp - 1 would leave nothing of a small difference
 
 
-def masked_mean(x, mask):
-    """Mean of x [N, T] over the tokens of each response: [N, 1]."""
-    count = mask.sum(1, keepdim=True).clamp(min=1)
-    return (x * mask).sum(1, keepdim=True) / count
-
-
-def loss_denominator(mask, loss):
-    """What the loss is divided by: responses for gspo (a mean of token means), tokens for the others."""
-    return len(mask) if loss == "gspo" else int(mask.sum())
-
-
-def policy_loss(
-    logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=None, denominator=None
-):
-    """The loss to minimise (a scalar), and its statistics (a dict). Its gradient is, for every loss,
-    d loss / d logprobs = -coef / denominator; its value means something only for grpo and gspo.
-
-    logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows; float32, for in
-    half precision a ratio near 1 is mostly rounding. loss: see the branches. clip: (low, high), by default
-    CLIP's. denominator: that of the whole update, of which this may be a part.
-    Statistics: clip_fraction (of the tokens that the clip lets go), approx_kl (k3 estimate of
-    KL(sampler || policy)), and coef [N, T]. Only logprobs gets a gradient.
-    Raises ValueError for an unknown loss, and for other shapes.
-    """
-    if loss not in CLIP:
-        raise ValueError(f"loss must be one of {', '.join(CLIP)}, not {loss!r}")
-    shapes = {tensor.shape for tensor in (logprobs, old_logprobs, advantages, mask)}
-    if len(shapes) > 1 or mask.dim() != 2 or len(mask) % group_size:
-        raise ValueError("the four tensors must all be [N, T], and N a multiple of group_size")
-    low, high = clip or CLIP[loss]
-    padding = mask == 0  # whatever stands there, even -inf or NaN, is ignored
-    logprobs = logprobs.masked_fill(padding, 0.0)
-    old_logprobs = old_logprobs.detach().masked_fill(padding, 0.0)
-    advantages = advantages.detach().masked_fill(padding, 0.0)
-    old_logprobs = torch.maximum(old_logprobs, logprobs.detach() - 20)  # a ratio is at most exp(20): no NaN
-    log_ratio = logprobs - old_logprobs  # [N, T]
-    scale = 1.0
-    if loss in ("gspo", "dfpo-min", "dfpo-orth"):
-        # one ratio for a response: its value is the response's mean, its gradient each token's own
-        log_ratio = masked_mean(log_ratio.detach(), mask) + logprobs - logprobs.detach()
-    ratio = log_ratio.exp()  # [N, T]
-    fixed = ratio.detach()
-    inside = (fixed >= 1 - low) & (fixed <= 1 + high)  # [N, T]
-    response_ratio = fixed[:, 0].view(-1, group_size)  # [P, G], of dfpo: there a row has one ratio
-    if loss == "grpo":  # per-token ratio, PPO's clip, token mean
-        objective, weight = clipped_objective(ratio, advantages, low, high)
-    elif loss == "gspo":  # the response's ratio, PPO's clip, mean of token means (GSPO-token)
-        objective, weight = clipped_objective(ratio, advantages, low, high)
-        scale = 1 / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
-    elif loss == "grpo-mask":  # a clip for both signs of the advantage (IcePop, arXiv:2510.18855)
-        weight = fixed * inside
-    elif loss == "grpo-fix":  # TGC: a weight held within 0.2 of 1 (idle in a group clip of 0.2)
-        weight = fixed.clamp(0.8, 1.2)
-    elif loss == "dfpo-min":  # TGC: one weight for the group
-        weight = min_replace(response_ratio).reshape(-1, 1)  # [N, 1]
-    elif loss == "dfpo-orth":  # TGC: cancels where all tokens of a response have one advantage
-        mean_advantage = masked_mean(advantages, mask).view(-1, group_size)  # [P, G]
-        weight = adv_orthogonal(response_ratio, mean_advantage).reshape(-1, 1)  # [N, 1]
-    if loss in TGC:
-        # group clip (ours): one ratio outside lets all of the group go, so shared tokens still cancel
-        group_inside = inside.view(-1, group_size * mask.shape[1]).all(1)  # [P]
-        weight = weight * group_inside.repeat_interleave(group_size)[:, None]
-    if loss not in ("grpo", "gspo"):
-        objective = weight * advantages * logprobs
-    tokens = mask.sum().clamp(min=1)
-    let_go = ((weight == 0) * mask).sum()
-    stats = dict(
-        clip_fraction=float(let_go / tokens),
-        approx_kl=float(k3(old_logprobs, logprobs.detach()).sum() / tokens),
-        coef=weight * scale * advantages * mask,
-    )
-    denominator = denominator or max(loss_denominator(mask, loss), 1)
-    return -(objective * scale * mask).sum() / denominator, stats
-
-
 def micro_batches(rollout, group_size, groups):
-    """Whole groups, `groups` at a time, those of like length together, without columns that are all padding.
+    """Whole groups, `groups` at a time, those of like length together: rows [n], ids and mask [n, L + T], T.
 
-    Whole, because section 6 needs all of a group's ratios, and because a prompt is then computed once. Yields
-    the rows [n], ids [n, L + T], attention mask [n, L + T], and T.
+    Whole, because section 6 needs all of a group's ratios, and because a prompt is then computed once.
     """
-    prompt_ids = rollout.prompt_ids.repeat_interleave(group_size, 0)  # [N, L]
-    prompt_mask = rollout.prompt_mask.repeat_interleave(group_size, 0)  # [N, L]
     longest = rollout.mask.sum(1).view(-1, group_size).amax(1)  # [P]
     every = torch.arange(len(rollout.ids), device=longest.device).view(-1, group_size)  # [P, G]
     for part in longest.argsort(stable=True).split(groups):
         rows = every[part].view(-1)  # [n]
         T = int(longest[part].max())
-        L = int(prompt_mask[rows].sum(1).max())
-        ids = torch.cat([prompt_ids[rows, -L:], rollout.ids[rows, :T]], 1)
-        attention = torch.cat([prompt_mask[rows, -L:], rollout.mask[rows, :T]], 1)
+        prompts = [rollout.prompts[row // group_size] for row in rows.tolist()]
+        prompt_ids, prompt_mask = left_padded(prompts, 0, rows.device)  # [n, L]
+        ids = torch.cat([prompt_ids, rollout.ids[rows, :T]], 1)
+        attention = torch.cat([prompt_mask, rollout.mask[rows, :T]], 1)
         yield rows, ids, attention, T
 
 
 def update(model, optimizer, rollout, advantages, config, reference=None):
-    """`config.updates` optimiser steps on one rollout; advantages [N, T]. Returns their mean statistics.
+    """`config.updates` optimiser steps on one rollout; advantages [N, T]. Returns their mean statistics:
+    clip_fraction (of the tokens, those let go), approx_kl (k3 of sampler and policy), grad_norm, residual.
 
-    The denominator is that of the whole update, so the gradient does not depend on how many micro-batches or
-    processes there are. The old log-probabilities are the sampler's: no pass is spent on them. Below float32
-    the sampler rounds differently, so they are the first update's own, and its ratios are 1.
+    The denominator is the whole update's: micro-batches do not change the gradient. The old log-probabilities
+    are the sampler's: no pass is spent on them. Below float32 the sampler rounds differently, so they are the
+    first update's own, and its ratios are 1.
     """
     training_mode(model)
     G = config.group_size
-    shared = 1 if config.gradient_checkpointing else G  # responses that share one computation of their prompt
-    denominator = sum(gather(loss_denominator(rollout.mask, config.loss)))
-    tokens = sum(gather(int(rollout.mask.sum())))
+    tokens = int(rollout.mask.sum())
+    denominator = len(rollout.mask) if config.loss == "gspo" else tokens
     old_logprobs = rollout.logprobs.clone()  # [N, T]
-    coef = torch.zeros_like(advantages)  # [N, T]
     totals = defaultdict(float)
     for number in range(config.updates):
+        residuals = []
         for rows, ids, attention, T in micro_batches(rollout, G, config.micro_batch):
             mask = rollout.mask[rows, :T]
             with precision(config.device, config.dtype):
-                logprobs = token_logprobs(model, ids, attention, T, config.temperature, shared)  # [n, T]
+                logprobs = token_logprobs(model, ids, attention, T, config.temperature, G)  # [n, T]
             if number == 0 and config.dtype != "float32":  # the policy has not changed yet
                 old_logprobs[rows, :T] = logprobs.detach()
             old = old_logprobs[rows, :T]
             advantage = advantages[rows, :T]
-            method = (config.loss, config.clip, denominator)
-            loss, stats = policy_loss(logprobs, old, advantage, mask, G, *method)
+            weight = policy_weights(logprobs, old, advantage, mask, G, config.loss, config.clip)  # [n, T]
+            loss = -(weight * logprobs * advantage).sum() / denominator
             if reference is not None:
                 with torch.no_grad(), precision(config.device, config.dtype):
                     reference_logprobs = token_logprobs(reference, ids, attention, T, config.temperature, G)
                 loss = loss + config.kl * k3(logprobs, reference_logprobs).sum() / tokens
             loss.backward()
-            coef[rows, :T] = stats["coef"]
-            totals["loss"] += loss.item()
-            for name in ("clip_fraction", "approx_kl"):
-                totals[name] += stats[name] * float(mask.sum() / tokens)
-        totals["grad_norm"] += descend(model, optimizer, config.max_grad_norm) / WORLD
-        groups = zip(coef.split(G), rollout.ids.split(G), rollout.mask.split(G))
-        residuals = [cancellation_residual(*group) for group in groups if group[0].any()]
-        totals["residual"] += fmean(residuals or [0.0]) / WORLD
-    means = {name: sum(gather(total)) / config.updates for name, total in totals.items()}
+            coef = weight * advantage  # [n, T]
+            groups = zip(coef.split(G), ids[:, -T:].split(G), mask.split(G))
+            residuals += [cancellation_residual(*group) for group in groups if group[0].any()]
+            totals["clip_fraction"] += float(((weight == 0) * mask).sum() / tokens)
+            totals["approx_kl"] += float(k3(old, logprobs.detach()).sum() / tokens)
+        totals["grad_norm"] += descend(model, optimizer, config.max_grad_norm)
+        totals["residual"] += fmean(residuals or [0.0])
+    means = {name: total / config.updates for name, total in totals.items()}
     return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}  # JSON has no NaN
 
 
 # ==================================================================================================
-# 8. The loop: sample, verify, relevance, advantages, update
+# 8. The loop: sample, grade, relevance, advantages, update
 #
 # In: models, tasks, settings.  Out: a trained policy, and a line of metrics a step.  `train_step` is the
 # opening picture in code; `train` repeats it.  What a step draws at random follows from the run's seed and
@@ -1255,73 +1125,11 @@ class Models(NamedTuple):
 
 
 def step_tasks(tasks, step, config):
-    """A step's tasks, and a seed for sampling each: of `config.prompts`, those of this process."""
+    """A step's tasks, and a seed for sampling each."""
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62))  # for what torch draws: the pairs of `fit`, `shuffled`
     drawn = rng.choices(tasks, k=config.prompts)
-    seeds = [rng.getrandbits(62) for _ in drawn]
-    return drawn[RANK::WORLD], seeds[RANK::WORLD]
-
-
-def roll_out(policy, tasks, group_size, seeds, config):
-    """Sample `group_size` responses to each task with the run's settings; seeds: one a task -> Rollout."""
-    prompts = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]
-    with precision(config.device, config.dtype):
-        return sample(
-            policy.model,
-            prompts,
-            group_size,
-            config.max_new_tokens,
-            config.temperature,
-            end_ids=policy.end_ids,
-            seeds=seeds,
-        )
-
-
-def scored_tokens(relevance, evidence, wanted, mask):
-    """relevance, evidence [N, K, T] at the response tokens of the rubrics wanted [N, K]: two tensors [M]."""
-    valid = (wanted != 0)[..., None] & (mask[:, None] > 0)  # [N, K, T]
-    return relevance[valid].cpu(), evidence[valid].cpu()
-
-
-def token_relevance(discriminator, tasks, rollout, verdicts, evidence, known, config):
-    """Relevance [N, K, T] by the source that was asked for, and a dict: how near a learned one comes."""
-    if config.relevance == "uniform":
-        return torch.ones_like(evidence), {}
-    if config.relevance == "shuffled":
-        return shuffled(evidence, rollout.mask), {}
-    if config.relevance == "evidence" or config.alpha == 0:  # where alpha is 0, nothing uses it
-        return evidence, {}
-    criteria = criteria_of(tasks, verdicts)
-    wanted = verdicts
-    if config.partition in CONTESTED:
-        grouped = verdicts.view(len(tasks), config.group_size, -1)  # [P, G, K]
-        differs = (grouped != grouped[:, :1]).any(1, keepdim=True)  # [P, 1, K]
-        wanted = (grouped * differs).view_as(verdicts)
-    relevance = discriminator.predict(criteria, rollout.ids, rollout.mask, wanted)
-    # measured before it learns from these responses
-    f1, auroc = f1_and_auroc(*scored_tokens(relevance, evidence, wanted * known, rollout.mask))
-    discriminator.fit(criteria, rollout.ids, rollout.mask, evidence, known)
-    return relevance, dict(f1=f1, auroc=auroc)
-
-
-def batch_advantages(rewards, verdicts, relevance, mask, config):
-    """Section 5 for each group of a batch: rewards [N], verdicts [N, K], relevance [N, K, T] -> [N, T].
-
-    Also returns the token level's share, mean |alpha * a| / mean |A|; None where no response level is left.
-    """
-    advantages = []
-    response_push = 0.0
-    token_push = 0.0
-    G = config.group_size
-    groups = zip(rewards.split(G), verdicts.split(G), relevance.split(G), mask.split(G))
-    for R, s, w, m in groups:  # [G], [G, K], [G, K, T], [G, T]
-        response_adv = response_advantage(R)  # [G]
-        token_adv = token_advantage(s, w, m, config.partition, pool=config.pool)  # [G, T]
-        advantages.append(combine_advantages(response_adv, token_adv, m, config.alpha))
-        response_push += float((response_adv[:, None] * m).abs().sum())
-        token_push += float((config.alpha * token_adv * m).abs().sum())
-    return torch.cat(advantages), token_push / response_push if response_push else None
+    return drawn, [rng.getrandbits(62) for _ in drawn]
 
 
 @contextmanager
@@ -1335,146 +1143,67 @@ def timed(seconds, phase):
 
 
 def train_step(models, tasks, seeds, config):
-    """The pipeline of the opening picture, once. Returns a row of metrics, and what `credit` needs.
-
-    Of several processes, the metrics are of its own prompts; those of `update` are of all.
-    """
+    """The pipeline of the opening picture, once. Returns a row of metrics."""
     policy = models.policy
+    G = config.group_size
     seconds = {}
     with timed(seconds, "seconds_rollout"):
-        rollout = roll_out(policy, tasks, config.group_size, seeds, config)  # ids, mask, logprobs [N, T]
+        rollout = roll_out(policy, tasks, G, seeds, config)  # ids, mask, logprobs [N, T]
+    mask = rollout.mask
     with timed(seconds, "seconds_verify"):
-        _, verdicts, evidence, known = grade(policy.tokenizer, rollout, tasks, models.judge)
-        rewards = response_reward(verdicts, config.reward)  # [N, K] -> [N]
+        _, _, verdicts, evidence = grade(policy.tokenizer, rollout, tasks, models.judge)  # [N, K], [N, K, T]
+        rewards = response_reward(verdicts, config.reward).view(-1, G)  # [N, K] -> [P, G]
     with timed(seconds, "seconds_relevance"):
-        relevance, quality = token_relevance(
-            models.discriminator, tasks, rollout, verdicts, evidence, known, config
-        )  # [N, K, T]
+        relevance, f1 = token_relevance(models.discriminator, tasks, rollout, verdicts, evidence, config)
     with timed(seconds, "seconds_update"):
-        advantages, token_share = batch_advantages(rewards, verdicts, relevance, rollout.mask, config)
+        response_adv = response_advantage(rewards)  # [P, G]
+        groups = zip(verdicts.split(G), relevance.split(G), mask.split(G))
+        token_adv = torch.cat([token_advantage(*group, config.partition) for group in groups])  # [N, T]
+        response_level = response_adv.view(-1, 1) * mask  # [N, T]
+        token_level = config.alpha * token_adv  # [N, T]
+        advantages = response_level + token_level
         stats = update(policy.model, models.optimizer, rollout, advantages, config, models.reference)
-    tokens = int(rollout.mask.sum())
-    grouped = rewards.view(-1, config.group_size)  # [P, G]
-    equal = (grouped == grouped[:, :1]).all(1)  # [P] groups without a response level
+    tokens = int(mask.sum())
+    response_push = float(response_level.abs().sum())
     row = dict(
         reward=float(rewards.mean()),
         instruction=float(response_reward(verdicts, "aon").mean()),
         rubric=float(response_reward(verdicts.view(-1), "csr")),
         entropy=float(rollout.entropy.sum() / tokens),  # in nats a token
         truncated=float(rollout.truncated.float().mean()),
-        zero_variance=float(equal.float().mean()),
-        token_share=token_share,
+        zero_variance=float((response_adv == 0).all(1).float().mean()),  # groups without a response level
+        token_share=float(token_level.abs().sum()) / response_push if response_push else None,
+        f1=f1,
         tokens=tokens,
         seconds=sum(seconds.values()),
         tokens_per_second=tokens / sum(seconds.values()),
     )
-    return row | quality | stats | seconds, (tasks[0], rollout, verdicts, relevance, evidence, known)
+    return row | stats | seconds
 
 
-def progress(items, what):
-    """A progress bar, in a terminal, of the one process that speaks."""
-    return tqdm(items, what, disable=RANK > 0 or None, leave=False)
-
-
-def warm_up(models, tasks, config):
-    """Train the discriminator, not the policy, on `warmup` rollouts: the steps up to 0."""
-    policy = models.policy
-    for step in progress(range(1 - config.warmup, 1), "warm-up"):
-        drawn, seeds = step_tasks(tasks, step, config)
-        rollout = roll_out(policy, drawn, config.group_size, seeds, config)
-        _, verdicts, evidence, known = grade(policy.tokenizer, rollout, drawn, models.judge)
-        for _ in range(4):  # a rollout costs more than a step of the discriminator
-            models.discriminator.fit(criteria_of(drawn, verdicts), rollout.ids, rollout.mask, evidence, known)
-
-
-def train(models, train_tasks, eval_tasks, out, config, done=0):
-    """Warm-up, then the steps after `done`: a line of metrics.jsonl each, sometimes a checkpoint."""
-    if models.discriminator and done == 0:
-        warm_up(models, train_tasks, config)
-    bar = progress(range(done + 1, config.steps + 1), "train")
-    for step in bar:
-        row, example = train_step(models, *step_tasks(train_tasks, step, config), config)
-        measured = config.eval_every and step % config.eval_every == 0 and step < config.steps
-        if measured:
-            result, _ = evaluate(models.policy, eval_tasks[: config.eval_prompts], config, models.judge)
-            row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
-        if RANK == 0:
-            write_rows(out / "metrics.jsonl", [dict(step=step) | row], "a")
-        if RANK == 0 and (measured or step in (1, config.steps)):
-            group = credit(models, config, *example)
-            write_rows(out / "credit.jsonl", [dict(step=step) | group], "a")
-            write_page(out, config)
-            save_checkpoint(out, models, step)
-        if measured:  # last: a terminal that fails must not cost what is to be written
-            line = "step {:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
-            line += "held-out {eval_instruction:.1%} / {eval_rubric:.1%}"
-            tqdm.write(line.format(step, **row))
-        bar.set_postfix_str(f"reward {row['reward']:.2f}, entropy {row['entropy']:.2f}")
-
-
-# ==================================================================================================
-# 9. Measuring, showing, saving
-#
-# In: what the loop has made.  Out: accuracies on held-out prompts, with every response and its evidence; a
-# page that shows which token is paid for what; checkpoints.
-
-
-def record(index, task, text, truncated, verdicts, known):
-    """One response as responses.jsonl has it: evidence in characters, null where a judge gave the verdict."""
-    rubrics = []
-    for rubric, verdict, by_rule in zip(task.rubrics, verdicts, known):
-        evidence = verify(rubric, text).evidence if by_rule else None
-        row = dict(id=rubric.id, criterion=rubric.criterion, satisfied=verdict > 0, evidence=evidence)
-        rubrics.append(row)
-    return dict(index=index, prompt=task.prompt, response=text, truncated=truncated, rubrics=rubrics)
-
-
-def evaluate(policy, tasks, config, judge=None, discriminator=None):
+def evaluate(policy, tasks, config, judge=None):
     """Accuracy on held-out tasks, one response each, every time from the same random numbers.
 
-    Returns a dict of shares, and the records of all responses. The shares: of prompts with all rubrics
-    satisfied ("instruction"), of rubrics ("rubric", and each id), of responses "truncated"; with a
-    discriminator also its "f1" and "auroc", on the first process's prompts.
+    Returns the shares of prompts with all rubrics satisfied ("instruction"), of rubrics ("rubric", and each
+    id) and of responses "truncated", and the rows of responses.jsonl.
     """
-    records = []
-    scored = []
-    mine = range(RANK, len(tasks), WORLD)
-    size = config.prompts * config.group_size  # as many responses as a step has
-    for start in progress(range(0, len(mine), size), "evaluate"):
-        seeds = mine[start : start + size]
-        part = [tasks[n] for n in seeds]
-        rollout = roll_out(policy, part, 1, seeds, config)
-        texts, verdicts, evidence, known = grade(policy.tokenizer, rollout, part, judge)  # [N, K], [N, K, T]
-        truncated = rollout.truncated.tolist()
-        records += map(record, seeds, part, texts, truncated, verdicts.tolist(), known.tolist())
-        if discriminator:
-            criteria = criteria_of(part, verdicts)
-            relevance = discriminator.predict(criteria, rollout.ids, rollout.mask, verdicts)
-            scored.append(scored_tokens(relevance, evidence, known, rollout.mask))
-    records = sum(gather(records), [])
-    records.sort(key=lambda each: each["index"])
+    rows = []
     met = defaultdict(list, instruction=[], rubric=[], truncated=[])  # in this order
-    for each in records:
-        met["instruction"].append(all(rubric["satisfied"] for rubric in each["rubrics"]))
-        met["truncated"].append(each["truncated"])
-        for rubric in each["rubrics"]:
-            met["rubric"].append(rubric["satisfied"])
-            met[rubric["id"]].append(rubric["satisfied"])
-    result = {name: fmean(values) for name, values in met.items()}
-    if scored:
-        relevance = torch.cat([part for part, _ in scored])
-        evidence = torch.cat([part for _, part in scored])
-        result["f1"], result["auroc"] = f1_and_auroc(relevance, evidence)
-    return result, records
-
-
-def table(before, after):
-    """What evaluate measured before and after training, in per cent."""
-    lines = [f"{'held-out prompts, %':<42}{'before':>9}{'after':>9}{'change':>9}"]
-    for name, x in before.items():
-        y = after[name]
-        lines.append(f"{name:<42}{100 * x:>9.1f}{100 * y:>9.1f}{100 * (y - x):>+9.1f}")
-    return "\n".join(lines)
+    size = config.prompts * config.group_size  # as many responses as a step has
+    for start in tqdm(range(0, len(tasks), size), "evaluate", disable=None, leave=False):
+        part = tasks[start : start + size]
+        rollout = roll_out(policy, part, 1, range(start, start + len(part)), config)
+        texts, found, _, _ = grade(policy.tokenizer, rollout, part, judge)
+        for task, text, verdicts, truncated in zip(part, texts, found, rollout.truncated.tolist()):
+            rubrics = []
+            for rubric, verdict in zip(task.rubrics, verdicts):
+                met["rubric"].append(verdict.satisfied)
+                met[rubric.id].append(verdict.satisfied)
+                rubrics.append(rubric._asdict() | verdict._asdict())
+            met["instruction"].append(all(verdict.satisfied for verdict in verdicts))
+            met["truncated"].append(truncated)
+            rows.append(dict(prompt=task.prompt, response=text, truncated=truncated, rubrics=rubrics))
+    return {name: fmean(values) for name, values in met.items()}, rows
 
 
 def write_rows(path, rows, mode="w"):
@@ -1482,85 +1211,6 @@ def write_rows(path, rows, mode="w"):
     with open(path, mode, encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def read_rows(path):
-    """The rows of a file of JSON lines; one that was cut off at the end is left out."""
-    with open(path, encoding="utf-8", errors="replace") as file:  # a character may be cut in two
-        return [json.loads(line) for line in file if line.endswith("\n")]
-
-
-def rounded(tensor):
-    """A tensor as lists of numbers that are short to write."""
-    return tensor.double().round(decimals=6).tolist()
-
-
-def credit(models, config, task, rollout, verdicts, relevance, evidence, known):
-    """The first group of a step in numbers, for every partition and loss: a dict, for data/credit.html.
-
-    The ratios are those of the policy as it is now, after the step's update, to the sampler. The run's own
-    loss has the run's clip, the others their default, but TGC's are without the group clip, which would hide
-    how they cancel.
-    """
-    policy = models.policy
-    G = config.group_size
-    K = len(task.rubrics)
-    ids = rollout.ids[:G]  # [G, T]
-    mask = rollout.mask[:G]
-    old_logprobs = rollout.logprobs[:G]
-    verdicts = verdicts[:G, :K]
-    relevance = relevance[:G, :K]
-    if models.discriminator and config.partition in CONTESTED:  # the step left out what other partitions need
-        every = models.discriminator.predict(criteria_of([task], verdicts), ids, mask, verdicts)
-        agreed = (verdicts == verdicts[:1]).all(0)[:, None]  # [K, 1]
-        relevance = torch.where(agreed, every, relevance)
-    joined = torch.cat([rollout.prompt_ids[:1].expand(G, -1), ids], 1)
-    attention = torch.cat([rollout.prompt_mask[:1].expand(G, -1), mask], 1)
-    with torch.no_grad(), precision(config.device, config.dtype):
-        logprobs = token_logprobs(policy.model, joined, attention, ids.shape[1], config.temperature, G)
-    rewards = response_reward(verdicts, config.reward)  # [G]
-    response_adv = response_advantage(rewards)  # [G]
-    partitions = {}
-    for partition in PARTITIONS:
-        token_adv = token_advantage(verdicts, relevance, mask, partition, pool=config.pool)
-        advantage = combine_advantages(response_adv, token_adv, mask, config.alpha)
-        part = dict(token_advantage=rounded(token_adv), advantage=rounded(advantage), coef={}, residual={})
-        for loss in CLIP:
-            clip = (1.0, math.inf) if loss in TGC else CLIP[loss]
-            clip = config.clip if loss == config.loss else clip
-            _, stats = policy_loss(logprobs, old_logprobs, advantage, mask, G, loss, clip)
-            part["coef"][loss] = rounded(stats["coef"])
-            part["residual"][loss] = cancellation_residual(stats["coef"], ids, mask)
-        partitions[partition] = part
-    written = [row[:n] for row, n in zip(ids.tolist(), mask.sum(1).tolist())]
-    texts, tokens = token_spans(policy.tokenizer, written)
-    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
-    return dict(
-        prompt=task.prompt,
-        rubrics=[rubric.criterion for rubric in task.rubrics],
-        ids=written,
-        texts=texts,
-        spans=tokens,
-        verdicts=verdicts.tolist(),
-        known=known[:G, :K].tolist(),
-        relevance=rounded(relevance),
-        evidence=rounded(evidence[:G, :K]),
-        reward=rounded(rewards),
-        response_advantage=rounded(response_adv),
-        logprob=rounded(old_logprobs),
-        ratio=rounded(ratio),
-        partitions=partitions,
-    )
-
-
-def write_page(out, config):
-    """data/credit.html in the run's folder, with the numbers of credit.jsonl and metrics.jsonl."""
-    chosen = {name: getattr(config, name) for name in ("partition", "loss", "alpha", "reward", "relevance")}
-    groups = read_rows(out / "credit.jsonl")
-    data = dict(title=out.name, setting=chosen, groups=groups, metrics=read_rows(out / "metrics.jsonl"))
-    page = (DATA / "credit.html").read_text(encoding="utf-8")
-    text = json.dumps(data, ensure_ascii=False).replace("<", r"\u003c")  # no text can end the script
-    (out / "credit.html").write_text(page.replace('"DATA"', text, 1), encoding="utf-8")
 
 
 def trained(models):
@@ -1575,125 +1225,130 @@ def trained(models):
 def save_checkpoint(out, models, done):
     """Everything that the rest of a run depends on, in one file, which is never half written."""
     state = {name: part.state_dict() for name, part in trained(models).items()}
-    torch.save(state | dict(done=done), out / "checkpoint.new")
+    rows = (out / "metrics.jsonl").stat().st_size  # in bytes
+    torch.save(state | dict(done=done, rows=rows), out / "checkpoint.new")
     os.replace(out / "checkpoint.new", out / "checkpoint.pt")
 
 
 def load_checkpoint(out, models):
     """Put all back as it was at the checkpoint, if there is one. Returns how many steps were done."""
-    done = 0
-    if (out / "checkpoint.pt").is_file():
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        done = state["done"]
-        for name, part in trained(models).items():
-            part.load_state_dict(state[name])
-    for path in (out / "metrics.jsonl", out / "credit.jsonl"):
-        if RANK == 0 and path.is_file():
-            rows = [row for row in read_rows(path) if row["step"] <= done]  # later steps are done again
-            write_rows(out / "rows.new", rows)
-            os.replace(out / "rows.new", path)  # a full disk must not cost what is there
-    return done
+    if not (out / "checkpoint.pt").is_file():
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        return 0
+    state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    for name, part in trained(models).items():
+        part.load_state_dict(state[name])
+    os.truncate(out / "metrics.jsonl", state["rows"])  # the later steps are done again
+    return state["done"]
 
 
-def save_results(policy, out, config, before, after, records):
-    """The trained policy, the held-out responses, the table: what a finished run leaves."""
-    write_rows(out / "responses.jsonl", records)
-    if not config.eval_only:
-        policy.model.generation_config.eos_token_id = policy.end_ids
-        policy.model.save_pretrained(out / "policy")
-        policy.tokenizer.save_pretrained(out / "policy")
-    (out / "result.json").write_text(json.dumps(dict(before=before, after=after), indent=2) + "\n")
+def warm_up(models, tasks, config):
+    """Train the discriminator, not the policy, on `warmup` rollouts: the steps up to 0."""
+    policy = models.policy
+    for step in tqdm(range(1 - config.warmup, 1), "warm-up", disable=None, leave=False):
+        drawn, seeds = step_tasks(tasks, step, config)
+        rollout = roll_out(policy, drawn, config.group_size, seeds, config)
+        _, _, verdicts, evidence = grade(policy.tokenizer, rollout, drawn, models.judge)
+        for _ in range(4):  # a rollout costs more than a step of the discriminator
+            models.discriminator.fit(drawn, verdicts, rollout.ids, rollout.mask, evidence)
+
+
+def train(models, train_tasks, eval_tasks, out, config):
+    """Warm-up and all steps, or those after the checkpoint: a line of metrics each, at times a checkpoint."""
+    done = load_checkpoint(out, models)
+    if models.discriminator and not done:
+        warm_up(models, train_tasks, config)
+    for step in tqdm(range(done + 1, config.steps + 1), "train", disable=None, leave=False):
+        tasks, seeds = step_tasks(train_tasks, step, config)
+        row = dict(step=step) | train_step(models, tasks, seeds, config)
+        last = step == config.steps
+        measured = config.eval_every and step % config.eval_every == 0 and not last
+        if measured:
+            result, _ = evaluate(models.policy, eval_tasks[: config.eval_prompts], config, models.judge)
+            row |= {f"eval_{name}": result[name] for name in ("instruction", "rubric", "truncated")}
+        write_rows(out / "metrics.jsonl", [row], "a")
+        if measured or last:
+            save_checkpoint(out, models, step)
+        if measured:  # only now: a terminal that fails must not cost what is to be written
+            line = "step {step:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
+            line += "held-out {eval_instruction:.1%} / {eval_rubric:.1%}"
+            tqdm.write(line.format(**row))
 
 
 # ==================================================================================================
-# 10. Main: the command line, the models, a run
+# 9. Main: the command line, the models, a run
 #
-# In: the command line.  Out: a run.  What is wrong is said in one line, of settings and data before any model
-# is loaded.
+# In: the command line.  Out: a run.  What is wrong is said in one line, before anything is written.
 
-MAY_BE_ZERO = ("rubrics", "seed", "alpha", "warmup", "kl", "eval_every")
+LEAST = dict(group_size=2, seed=0, alpha=0, warmup=0, kl=0, eval_every=0)  # of a setting; others: above 0
 
 
-def checked(config):
-    """The settings with "auto" and short names filled in. Raises BadInput for what is not possible."""
+def parse(argv=None):
+    """The command line -> Config. Raises BadInput; argparse leaves with status 2 for what it cannot read."""
+    parser = transformers.HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
+    given = parser.parse_args(argv)
+    kept = {} if given.model else EMBEDDED
+    if given.resume:
+        kept = json.loads(Path(given.resume, "config.json").read_text())
+        if kept.keys() != vars(given).keys():
+            raise BadInput(f"--resume {given.resume}: its config.json is not that of a run of this version")
+    parser.set_defaults(**kept)
+    config = Config(**vars(parser.parse_args(argv)))
+    free = dict(resume=config.resume, steps=config.steps, device=config.device)
+    if config.resume and kept | free != vars(config):
+        raise BadInput(f"--resume {config.resume}: only --steps and --device may be given beside it")
     for name, value in vars(config).items():
-        if type(value) in (int, float) and not (0 < value < 2**62 or value == 0 and name in MAY_BE_ZERO):
-            least = "at least 0" if name in MAY_BE_ZERO else "above 0"
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be {least}, and below 2**62")
-    if config.group_size < 2:
-        raise BadInput("--group-size 1: must be at least 2, or there is nothing to compare with")
-    if config.clip and (len(config.clip) != 2 or not all(x > 0 for x in config.clip)):
+        if type(value) in (int, float) and not value >= LEAST.get(name, 1e-12):
+            allowed = f"at least {LEAST[name]}" if name in LEAST else "above 0"
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+    if config.clip and (len(config.clip) != 2 or min(config.clip) <= 0):
         raise BadInput("--clip: needs two numbers above 0, how far a ratio may go below and above 1")
-    if config.prompts % WORLD:
-        raise BadInput(f"--prompts {config.prompts}: {WORLD} processes cannot share them equally")
-    best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
-    if config.device not in ("auto", "cpu", best):
-        raise BadInput(f"--device {config.device}: there is none here, only {' and '.join({'cpu', best})}")
-    config.device = best if config.device == "auto" else config.device
-    if config.dtype == "auto":
-        config.dtype = "bfloat16" if config.device == "cuda" else "float32"
-    for name in ("model", "data", "judge"):
+    config.out = config.resume or config.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+    if not config.resume and any(Path(config.out).glob("*")):
+        raise BadInput(f"--out {config.out}: is not empty; name a new folder, or go on with --resume")
+    for name in ("model", "data", "judge", "verifiers"):
         value = getattr(config, name)
         if value and Path(value).exists():  # so that --resume finds it from anywhere
             setattr(config, name, os.path.abspath(value))
         elif re.fullmatch(r"Qwen[\w.-]+", value):
             setattr(config, name, f"Qwen/{value}")
+    if config.device == "auto":
+        best = torch.accelerator.current_accelerator(check_available=True)
+        config.device = best.type if best else "cpu"
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if config.device == "cuda" else "float32"
     return config
 
 
-def parse(argv=None):
-    """The command line -> Config. Raises BadInput; argparse leaves with status 2 for what it cannot read."""
-    about = "Train a language model on rubrics with token-level credit: RTT-GRPO and TGC's losses."
-    options = dict(prog="rtt.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=about)
-    parser = transformers.HfArgumentParser(Config, **options)
-    unset = argparse.Namespace(**dict.fromkeys(vars(Config())))  # None, so that no default takes its place
-    values = vars(parser.parse_args(argv, unset))
-    given = {name: value for name, value in values.items() if value is not None}
-    if "resume" not in given:
-        defaults = {} if "model" in given else EMBEDDED
-        return checked(Config(**defaults | given))
-    resume = given["resume"]
-    if given.keys() - {"resume", "steps", "device"}:
-        raise BadInput(f"--resume {resume}: only --steps and --device may be given beside it")
-    try:
-        kept = dict(json.loads((Path(resume) / "config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        kept = {}
-    if kept.keys() != vars(Config()).keys():
-        raise BadInput(f"--resume {resume}: its config.json is not that of a run of this version")
-    return checked(Config(**kept | given))
-
-
-def load_both(path, rubrics, eval_only):
+def load_data(config):
     """Tasks to train on, and held-out ones: train and eval.jsonl of a folder, or a file's last tenth.
 
-    rubrics: keep only prompts with as many; 0: all. eval_only: eval.jsonl of a folder, or all of a file.
+    With --eval-only there are none to train on, and all of a file is held out.
     """
-    if Path(path).is_dir():
-        train_tasks = [] if eval_only else load_tasks(path, "train")
-        eval_tasks = load_tasks(path, "eval")
-    else:
-        tasks = load_tasks(path)
-        cut = 0 if eval_only else len(tasks) - max(1, len(tasks) // 10)
-        train_tasks = tasks[:cut]
-        eval_tasks = tasks[cut:]
-    if rubrics:
-        train_tasks = [task for task in train_tasks if len(task.rubrics) == rubrics]
-        eval_tasks = [task for task in eval_tasks if len(task.rubrics) == rubrics]
-    if not eval_tasks or not (train_tasks or eval_only):
-        raise BadInput(f"{path} (--rubrics {rubrics}): needs a prompt to train on and one that is held out")
-    return train_tasks, eval_tasks
+    if config.verifiers:
+        runpy.run_path(config.verifiers)  # its functions register themselves
+    if Path(config.data).is_dir():
+        train_tasks = [] if config.eval_only else load_tasks(config.data, "train")
+        return train_tasks, load_tasks(config.data, "eval")
+    tasks = load_tasks(config.data)
+    if config.eval_only:
+        return [], tasks
+    if len(tasks) == 1:
+        raise BadInput(f"{config.data}: needs a prompt to train on and one that is held out")
+    cut = len(tasks) - max(1, len(tasks) // 10)
+    return tasks[:cut], tasks[cut:]
 
 
 def turn_end(tokenizer):
-    """The special token that the chat template writes behind an answer, or None.
+    """The token that the chat template writes behind an answer, or None.
 
     Not always the tokenizer's end token: base models of Qwen have <|endoftext|>, their template <|im_end|>.
     """
     if tokenizer.chat_template:
-        _, found, after = render(tokenizer, "question", "~answer~").rpartition("~answer~")
-        for token in token_ids(tokenizer, after if found else ""):
-            if token in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[token].special:
+        turns = [dict(role="user", content="question"), dict(role="assistant", content="~answer~")]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
+        for token in token_ids(tokenizer, text.partition("~answer~")[2]):
+            if token in tokenizer.added_tokens_decoder:
                 return token
     return None
 
@@ -1702,27 +1357,27 @@ def load_policy(name, config, dtype):
     """A Policy, of a folder or a hub id. Raises BadInput if it cannot be used."""
     try:
         settings = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if getattr(settings, "quantization_config", None):
-            raise ValueError("it is quantised; only weights in floating point can be trained")
         text_settings = settings.get_text_config()
         for key, value in vars(text_settings).items():
             if "drop" in key and isinstance(value, float):
                 setattr(text_settings, key, 0.0)  # dropout would turn ratios into noise
+        if getattr(settings, "quantization_config", None):
+            raise ValueError("it is quantised; only weights in floating point can be trained")
+        tokenizer = AutoTokenizer.from_pretrained(name)
         options = dict(config=settings, dtype=dtype, use_safetensors=True)  # no pickles, no remote code
         model = AutoModelForCausalLM.from_pretrained(name, **options)
-        if config.gradient_checkpointing:
-            model.activation_checkpointing_enable()
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a folder, and the hub, have many ways to fail
         reason = "cannot be used, from here or the hub; python rtt.py alone needs no download"
         raise BadInput(f"model {name}: {reason}: {str(error).strip()}") from None
     lacking = {"cache", "position_ids", "logits_to_keep"} - inspect.signature(model.forward).parameters.keys()
     kinds = set(getattr(text_settings, "layer_types", None) or [])
     if lacking or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
         raise BadInput(f"model {name}: only attention's past can be shared by a group; it has other layers")
-    generation = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
-    ends = ends.union(generation if isinstance(generation, list) else [generation]) - {None}
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = {*ends, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
     if not ends:
         raise BadInput(f"model {name}: neither its tokenizer nor its generation_config has an end token")
     return Policy(model.to(config.device), tokenizer, sorted(ends))
@@ -1732,19 +1387,14 @@ def load_models(tasks, config):
     """All models of a run. Raises BadInput."""
     policy = load_policy(config.model, config, torch.float32)
     longest = max(len(encode_prompt(policy.tokenizer, task.prompt)) for task in tasks)
-    room = context_length(policy.model.config)
-    if not 0 < longest <= room - config.max_new_tokens:  # 0: an empty tokenizer
+    room = context_length(policy.model)
+    if longest + config.max_new_tokens > room:
         sizes = f"a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens}"
         raise BadInput(f"model {config.model}: {sizes} do not fit into its context of {room}")
     judge = None
+    if any(rubric.id in ASKING for task in tasks for rubric in task.rubrics):
+        judge = load_policy(config.judge or config.model, config, getattr(torch, config.dtype))
     discriminator = None
-    if any(needs_judge(rubric) for task in tasks for rubric in task.rubrics):
-        name = config.judge or config.model
-        judge = load_policy(name, config, getattr(torch, config.dtype))
-        yes = first_tokens(judge.tokenizer, "yes")
-        no = first_tokens(judge.tokenizer, "no")
-        if yes <= no or no <= yes:
-            raise BadInput(f"model {name}: cannot judge, for its tokenizer begins yes and no alike")
     if config.relevance == "discriminator" and config.alpha and not config.eval_only:
         base = copy.deepcopy(policy.model.base_model)
         discriminator = RelevanceDiscriminator(base, policy.tokenizer, config.discriminator_lr, config.dtype)
@@ -1753,39 +1403,33 @@ def load_models(tasks, config):
     return Models(policy, optimizer, discriminator, judge, reference)
 
 
-def open_run(config):
-    """The run's folder: a new one, or that of the run to be resumed. Raises BadInput if it holds anything."""
-    out = Path(config.resume or config.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}"))
-    out = gather(out)[0]  # the first process's
-    out.mkdir(parents=True, exist_ok=True)
-    taken = [path.name for path in out.iterdir() if not path.name.startswith(".lock")]
-    if any(gather(bool(taken))) and not config.resume:
-        raise BadInput(f"--out {out}: is not empty; name a new folder, or go on with --resume {out}")
-    return out
-
-
-def run(config, train_tasks, eval_tasks, out):
+def run(config, train_tasks, eval_tasks):
     """Load, measure, train, measure again, save."""
     start = time.perf_counter()
     torch.manual_seed(config.seed)  # for the discriminator's head
     models = load_models(train_tasks + eval_tasks, config)
-    before, records = evaluate(models.policy, eval_tasks, config, models.judge)
-    print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
-    done = load_checkpoint(out, models)
-    if done > config.steps:
-        raise BadInput(f"--steps {config.steps}: {done} are done already")
-    if RANK == 0:
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    policy = models.policy
+    before, responses = evaluate(policy, eval_tasks, config, models.judge)
     after = before
+    print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot begin leaves no folder
+    with filelock.FileLock(out / ".lock", timeout=0):  # one run at a time
+        (out / "config.json").write_text(json.dumps(vars(config), indent=2))
+        if not config.eval_only:
+            train(models, train_tasks, eval_tasks, out, config)
+            after, responses = evaluate(policy, eval_tasks, config, models.judge)
+            policy.model.generation_config.eos_token_id = policy.end_ids
+            policy.model.save_pretrained(out / "policy")
+            policy.tokenizer.save_pretrained(out / "policy")
+        write_rows(out / "responses.jsonl", responses)
+        (out / "result.json").write_text(json.dumps(dict(before=before, after=after), indent=2))
+    print(f"\n{'held-out prompts, %':<42}{'before':>9}{'after':>9}{'change':>9}")
+    for name, x in before.items():
+        print(f"{name:<42}{100 * x:>9.1f}{100 * after[name]:>9.1f}{100 * (after[name] - x):>+9.1f}")
+    print(f"\n{time.perf_counter() - start:.0f} s in all; everything is in {out}")
     if not config.eval_only:
-        train(models, train_tasks, eval_tasks, out, config, done)
-        after, records = evaluate(models.policy, eval_tasks, config, models.judge, models.discriminator)
-    print(f"\n{table(before, after)}\n")
-    if "f1" in after:
-        print(f"discriminator on held-out prompts: token F1 {after['f1']:.3f}, AUROC {after['auroc']:.3f}")
-    if RANK == 0:
-        save_results(models.policy, out, config, before, after, records)
-    print(f"{time.perf_counter() - start:.0f} s in all; everything is in {out}")
+        print(f"python data/explain.py {out} shows which token is paid for what")
 
 
 def main(argv=None):
@@ -1794,263 +1438,15 @@ def main(argv=None):
     # (pytorch issue 196678), and which plans anew for every shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.logging.disable_progress_bar()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has no need of it
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character must not end a run
     try:
         config = parse(argv)
-        if WORLD > 1:  # torchrun: each process has a GPU of its own, and the first one speaks and writes
-            if config.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")
-        tasks = load_both(config.data, config.rubrics, config.eval_only)
-        out = open_run(config)
-        with filelock.FileLock(out / f".lock{RANK}", timeout=0):  # one run at a time in a folder
-            run(config, *tasks, out)
-        if WORLD > 1:
-            dist.barrier()  # none leaves while the first still writes: its end closes the others' connections
-            dist.destroy_process_group()
+        run(config, *load_data(config))
     except (BadInput, FloatingPointError, OSError) as error:
         print(f"rtt.py: {error}".partition("\n")[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("rtt.py: interrupted; --resume FOLDER goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)
-
-
-# ==================================================================================================
-# Appendix: the other twenty verifiers of IFEval
-
-SCRIPTS = {  # how the Unicode names of a script's letters begin: IFEval's languages that are written in it
-    "LATIN": dict(en="English", es="Spanish", pt="Portuguese", fr="French", de="German", it="Italian")
-    | dict(pl="Polish", vi="Vietnamese", sw="Swahili", fi="Finnish"),
-    "CYRILLIC": dict(ru="Russian", uk="Ukrainian", bg="Bulgarian"),
-    "ARABIC": dict(ar="Arabic", ur="Urdu", fa="Persian"),
-    "DEVANAGARI": dict(hi="Hindi", ne="Nepali", mr="Marathi"),
-    "BENGALI": dict(bn="Bengali"),
-    "GUJARATI": dict(gu="Gujarati"),
-    "GURMUKHI": dict(pa="Punjabi"),
-    "TAMIL": dict(ta="Tamil"),
-    "TELUGU": dict(te="Telugu"),
-    "KANNADA": dict(kn="Kannada"),
-    "MALAYALAM": dict(ml="Malayalam"),
-    "THAI": dict(th="Thai"),
-    "HEBREW": dict(he="Hebrew"),
-    "HANGUL": dict(ko="Korean"),
-    "CJK": {"zh-cn": "Chinese"},
-    "HIRAGANA KATAKANA CJK": dict(ja="Japanese"),
-}
-LANGUAGES = {code: name for names in SCRIPTS.values() for code, name in names.items()}
-
-
-def script_of(language):
-    """The script of a language, and the languages that are written in it."""
-    return next((script, names) for script, names in SCRIPTS.items() if language in names)
-
-
-@verifier("language:response_language")
-def response_language(text, language: LANGUAGES):
-    """respond entirely in {language}"""
-    scripts = tuple(script_of(language)[0].split())
-    own = []
-    foreign = []
-    typical = False  # Japanese has kana
-    for i, char in enumerate(text):
-        name = unicodedata.name(char, "")
-        if name.startswith(scripts):  # vowel signs, too
-            own.append((i, i + 1))
-        elif char.isalpha():
-            foreign.append((i, i + 1))
-        typical = typical or name.startswith(scripts[0])
-    satisfied = typical and len(foreign) <= len(own)
-    return satisfied, own if satisfied else foreign
-
-
-@verifier("keywords:frequency")
-def keywords_frequency(text, keyword: str, frequency: int, relation: RELATION):
-    """use the word {keyword} {relation} {frequency} times"""
-    return counted(spans(re.escape(keyword.strip()), text), relation, frequency)
-
-
-@verifier("keywords:letter_frequency")
-def letter_frequency(text, letter: str, let_frequency: int, let_relation: RELATION):
-    """use the letter {letter} {let_relation} {let_frequency} times"""
-    found = [(i, i + 1) for i, char in enumerate(text) if letter.lower() in char.lower()]
-    return counted(found, let_relation, let_frequency)
-
-
-@verifier("length_constraints:number_words")
-def number_words(text, num_words: int, relation: RELATION):
-    """write {relation} {num_words} words"""
-    satisfied, _ = counted(spans(r"\w+", text), relation, num_words)
-    return satisfied, end_of(text)
-
-
-def divided(text, divider, parts):
-    """The verdict on "exactly so many parts, none empty, with `divider` between them" (or at the ends)."""
-    pieces = text.split(divider)
-    marks = spans(re.escape(divider), text)
-    doubled = [mark for mark, piece in zip(marks[1:], pieces[1:-1]) if not piece.strip()]
-    if doubled or not any(piece.strip() for piece in pieces):
-        return False, doubled or end_of(text)
-    if not pieces[0].strip():  # one before the first part
-        marks = marks[1:]
-    if not pieces[-1].strip():  # one after the last
-        marks = marks[:-1]
-    return counted(marks, "exactly", parts - 1)
-
-
-@verifier("length_constraints:number_paragraphs")
-def number_paragraphs(text, num_paragraphs: int):
-    """write {num_paragraphs} paragraphs with *** in between"""
-    return divided(text, "***", num_paragraphs)
-
-
-@verifier("length_constraints:nth_paragraph_first_word")
-def nth_paragraph_first_word(text, num_paragraphs: int, nth_paragraph: int, first_word: str):
-    """write {num_paragraphs} paragraphs; paragraph {nth_paragraph} begins with the word {first_word}"""
-    starts = [0] + [end for _, end in spans(r"\n\n", text)]
-    paragraphs = text.split("\n\n")
-    filled = [start for start, paragraph in zip(starts, paragraphs) if paragraph.strip()]
-    if nth_paragraph > len(filled):
-        return False, []
-    # as in IFEval, blank paragraphs count here
-    word = re.match(r"\s*'*\"*([^\s.,?!'\"]+|\S?)", paragraphs[nth_paragraph - 1])
-    place = starts[nth_paragraph - 1] + word.start(1)
-    evidence = [(place, place + len(word[1]))] if word[1] else []
-    begins = (word[1].lower() == first_word.lower(), evidence)
-    breaks = [(start - 2, start) for start in filled[1:]]
-    return all_of([begins, counted(breaks, "exactly", num_paragraphs - 1)])
-
-
-@verifier("detectable_content:number_placeholders")
-def number_placeholders(text, num_placeholders: int):
-    """use at least {num_placeholders} [placeholders]"""
-    found = spans(r"\[[^\]\n]*\]?", text)  # with those that stay open, for speed
-    closed = [(start, end) for start, end in found if text[end - 1] == "]"]
-    return counted(closed, "at least", num_placeholders)
-
-
-@verifier("detectable_content:postscript")
-def postscript(text, postscript_marker: str):
-    """add a postscript that starts with {postscript_marker}"""
-    marker = postscript_marker.strip()
-    spaced = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
-    return counted(spans(spaced.get(marker, re.escape(marker)), text), "at least", 1)
-
-
-@verifier("detectable_format:constrained_response")
-def constrained_response(text):
-    """say My answer is yes. or the same with no or maybe"""
-    return counted(spans(r"My answer is (?:yes|no|maybe)\.", text, flags=0), "at least", 1)
-
-
-@verifier("detectable_format:number_bullet_lists")
-def number_bullet_lists(text, num_bullets: int):
-    """write exactly {num_bullets} bullet points"""
-    stars = spans(r"^[^\S\n]*(\*)[^*].*$", text)
-    dashes = spans(r"^[^\S\n]*(-).*$", text)
-    return counted(sorted(stars + dashes), "exactly", num_bullets)
-
-
-@verifier("detectable_format:number_highlighted_sections")
-def number_highlighted_sections(text, num_highlights: int):
-    """*highlight* at least {num_highlights} sections"""
-    marks = []
-    for stars in (1, 2):
-        for start, end in spans(rf"\*{{{stars}}}[^\n*]*\*{{{stars}}}", text):
-            if text[start + stars : end - stars].strip():
-                marks += [(start, start + stars), (end - stars, end)]
-    return counted(marks, "at least", 2 * num_highlights)
-
-
-@verifier("detectable_format:multiple_sections")
-def multiple_sections(text, section_spliter: str, num_sections: int):
-    """write {num_sections} sections marked {section_spliter} X"""
-    pattern = re.escape(section_spliter.strip()) + r"\s?\d+"
-    return counted(spans(pattern, text, flags=0), "at least", num_sections)
-
-
-@verifier("detectable_format:json_format")
-def json_format(text):
-    """write all of it as JSON"""
-    body = re.sub(r"^```(json|Json|JSON)?|```$", "", text.strip()).strip()
-    start = text.rindex(body)
-    end = start + len(body)
-    try:
-        json.loads(body)
-    except (ValueError, RecursionError) as error:
-        place = start + getattr(error, "pos", 0)
-        return False, [(place, place + 1)] if place < end else end_of(text)
-    return True, {(start, start + 1), (end - 1, end)}
-
-
-@verifier("detectable_format:title")
-def title(text):
-    """give it a title in double angular brackets"""
-    found = []
-    for start, line_end in spans(r"<<[^\n]*", text):
-        end = text.rfind(">>", start, line_end) + 2
-        if text[start:end].lstrip("<").rstrip(">").strip():
-            found.append((start, end))
-    return counted(found, "at least", 1)
-
-
-@verifier("combination:two_responses")
-def two_responses(text):
-    """give two different responses, with ****** in between"""
-    parts = [part.strip() for part in text.split("******") if part.strip()]
-    if len(parts) == 2 and parts[0] == parts[1]:
-        return False, [(text.rindex(parts[1]), len(text.rstrip()))]
-    return divided(text, "******", 2)
-
-
-@verifier("combination:repeat_prompt")
-def repeat_prompt(text, prompt_to_repeat: str):
-    """first repeat word for word: {prompt_to_repeat}"""
-    wanted = prompt_to_repeat.strip().lower()
-    said = text.strip().lower()
-    start = len(text) - len(text.lstrip())
-    same = len(os.path.commonprefix([wanted, said]))
-    if same == len(wanted):
-        return True, [(start, min(start + same, len(text)))]
-    if same == len(said):
-        return False, end_of(text)
-    place = min(start + same, len(text) - 1)
-    return False, [(place, place + 1)]
-
-
-@verifier("startend:quotation")
-def quotation(text):
-    """wrap everything in double quotation marks"""
-    first = len(text) - len(text.lstrip())
-    last = len(text.rstrip()) - 1
-    closed = text[last] == '"' and last > first
-    opening = (text[first] == '"', [(first, first + 1)])
-    closing = (closed, [(last, last + 1)] if closed else end_of(text))
-    return all_of([opening, closing])
-
-
-@verifier("change_case:capital_word_frequency")
-def capital_word_frequency(text, capital_frequency: int, capital_relation: RELATION):
-    """capitalize {capital_relation} {capital_frequency} words"""
-    capitals = [(start, end) for start, end in spans(r"\w+", text) if text[start:end].isupper()]
-    return counted(capitals, capital_relation, capital_frequency)
-
-
-@verifier("change_case:english_capital")
-def english_capital(text):
-    """write in capital letters only"""
-    return text.isupper(), [(i, i + 1) for i, c in enumerate(text) if c != c.upper() or c.islower()]
-
-
-@verifier("punctuation:no_comma")
-def no_comma(text):
-    """do not use commas"""
-    commas = spans(",", text)
-    return not commas, commas
 
 
 if __name__ == "__main__":

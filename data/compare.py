@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Compare configurations of rtt.py over several seeds: start the runs, read what they wrote, print a table.
 
+    python data/compare.py sparse
     python data/compare.py base,alpha=0,loss=gspo+updates=4 --seeds 5 --out runs/mine --steps 250 --rubrics 5
-    python data/compare.py --table data/results/samples.jsonl [alpha=0,partition=intra] [--page curves.html]
+    python data/compare.py --table data/results/sparse.jsonl [NAME,NAME] [--page curves.html]
 
 Commas separate configurations, plus signs the options of one, a tilde the numbers of an option (clip=1~inf);
-"base" changes nothing; STUDIES names lists. All other flags are rtt.py's and hold for all runs.
-A run is a process with one thread: on the CPU as many at a time as cores, on another --device one. The same
-command again keeps finished runs and resumes broken ones.
+"base" changes nothing. STUDIES names such lists, with the flags that they need. All other flags are rtt.py's
+and hold for all runs. A run is a process with one thread: on the CPU as many at a time as cores, on another
+--device one. The same command again keeps finished runs and resumes broken ones.
 """
 
 import argparse
@@ -18,15 +19,18 @@ import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
-RTT = Path(__file__).resolve().parent.parent / "rtt.py"
-GOAL = 0.5  # the held-out instruction-level accuracy whose first step the table names
-MEANS = ["entropy", "residual", "seconds"]  # columns without an interval
+DATA = Path(__file__).resolve().parent
+RTT = DATA.parent / "rtt.py"
+LEVELS = ["rubric", "instruction"]  # held-out accuracy: of the rubrics, and of the prompts with all rubrics met
+MEANS = ["entropy", "residual", "token_share", "seconds"]  # columns without an interval
 CURVES = ["reward", "entropy", "residual", "token_share", "clip_fraction", "f1"]  # f1: if it is learned
 T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 1 to 10 numbers
+
+
+SOURCES = ["discriminator", "evidence", "shuffled"]
 
 
 def grid(options, values):
@@ -34,29 +38,17 @@ def grid(options, values):
     return ",".join(f"{option}={value}" for option in options.split() for value in values.split())
 
 
-SAMPLES = [
-    "alpha=0+reward=csr",
-    "alpha=0",
-    "partition=intra",
-    "partition=intra+reward=csr",
-    "partition=contested+alpha=1+reward=csr+relevance=discriminator",
-    "partition=contested+alpha=1+reward=csr+relevance=evidence",
-    "partition=contested+alpha=1+reward=csr+relevance=shuffled",
-    "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=discriminator",
-    "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=evidence",
-    "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=shuffled",
-    "partition=verdict+alpha=1+pool=sum+reward=csr+relevance=uniform",
-]
-STUDIES = {  # differences are to the first
-    "rtt": "alpha=0,alpha=0+reward=csr,partition=intra,partition=intra+reward=csr,partition=verdict",
-    "samples": ",".join(SAMPLES),
-    "samples-rates": grid(" ".join(f"{name}+lr" for name in SAMPLES), "3e-5 1e-4 3e-4"),
-    "responses": ",".join([SAMPLES[0], *SAMPLES[7:10]]),
-    "exchange": grid(
-        "updates=4+alpha=0+loss",
-        "grpo gspo gspo+clip=0.02~0.02 grpo-mask grpo-fix+clip=0.2~0.2 dfpo-min dfpo-orth "
-        "grpo+clip=1~inf gspo+clip=1~inf grpo-fix+clip=1~inf dfpo-min+clip=1~inf dfpo-orth+clip=1~inf",
+EASY = [f"partition=verdict+alpha=5+reward=csr+relevance={source}" for source in SOURCES]
+LOSSES = (
+    "grpo gspo gspo+clip=0.02~0.02 grpo-mask grpo-fix+clip=0.2~0.2 dfpo-min dfpo-orth "
+    "grpo+clip=1~inf gspo+clip=1~inf grpo-fix+clip=1~inf dfpo-min+clip=1~inf dfpo-orth+clip=1~inf"
+)
+STUDIES = {  # the flags that its runs need, and its configurations; the first of each reward is the baseline
+    "responses": (
+        "--rubrics 5 --lr 1e-4 --prompts 2 --group-size 4 --steps 300 --eval-every 50",
+        ",".join(["alpha=0+reward=csr", "alpha=0", "partition=intra", "partition=intra+reward=csr", *EASY]),
     ),
+    "exchange": ("--rubrics 5 --lr 1e-4 --prompts 4 --steps 100", grid("updates=4+alpha=0+loss", LOSSES)),
 }
 
 
@@ -110,22 +102,22 @@ def run_all(jobs, at_once):
             pool.shutdown(cancel_futures=True)
 
 
+def only(count, folder, out):
+    """A copy of a data folder, with the prompts that have exactly so many rubrics; returns its path."""
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    for name in ("train.jsonl", "eval.jsonl"):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if len(json.loads(line)["instruction_id_list"]) == count]
+        (out / "data" / name).write_text("".join(kept), encoding="utf-8")
+    return out / "data"
+
+
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def column(rows, key):
     return [row[key] for row in rows]
-
-
-def step_of_goal(curve):
-    """The step at which the accuracy first reached GOAL, interpolated between evaluations, or None."""
-    if curve[0][1] >= GOAL:
-        return 0.0
-    for (a, x), (b, y) in pairwise(curve):
-        if x < GOAL <= y:
-            return a + (b - a) * (GOAL - x) / (y - x)
-    return None
 
 
 def thinned(rows, name):
@@ -138,28 +130,23 @@ def thinned(rows, name):
 
 
 def outcome(folder):
-    """A finished run in numbers (per cent, but for the accuracies of the curve), with its settings."""
+    """A finished run in numbers, with its settings. Accuracies are shares of 1."""
     config = (folder / "config.json").read_text()
     config = json.loads(config.replace(f"{RTT.parent}/", ""))  # not where this repository lies
     result = json.loads((folder / "result.json").read_text())
     rows = read_lines(folder / "metrics.jsonl")
-    levels = {0: result["before"]["instruction"]}
-    for row in rows:
-        if "eval_instruction" in row:
-            levels[row["step"]] = row["eval_instruction"]
-    levels[len(rows)] = result["after"]["instruction"]
-    curve = list(levels.items())
+    curves = {name: thinned(rows, name) for name in CURVES}
+    for level in LEVELS:
+        measured = [[row["step"], row[f"eval_{level}"]] for row in rows if f"eval_{level}" in row]
+        ends = [[0, result["before"][level]], [len(rows), result["after"][level]]]
+        curves[f"eval_{level}"] = [ends[0], *measured, ends[1]]
     shares = [row["token_share"] for row in rows if row["token_share"] is not None]
     return {
-        "instruction": 100 * result["after"]["instruction"],
-        "rubric": 100 * result["after"]["rubric"],
-        "goal": step_of_goal(curve),
         "entropy": fmean(column(rows[-10:], "entropy")),
         "residual": fmean(column(rows, "residual")),
         "token_share": fmean(shares or [0.0]),
         "seconds": fmean(column(rows, "seconds")),
-        "curve": curve,
-        "curves": {name: thinned(rows, name) for name in CURVES},
+        "curves": curves,
         "config": config | {"out": folder.name},
     }
 
@@ -171,26 +158,25 @@ def interval(values):
     return fmean(values), T95[min(n, 10) - 1] * spread / math.sqrt(n)
 
 
-def halves(curve):
-    """Mean accuracy of the evaluations in the first and in the second half of the steps, in per cent."""
+def parts(curve):
+    """Mean accuracy, in per cent, of the evaluations in the first and in the second half of the steps."""
     middle = curve[-1][0] / 2
     early = [level for step, level in curve[1:] if step <= middle]
     late = [level for step, level in curve if step > middle]
-    return 100 * fmean(early or [math.nan]), 100 * fmean(late)
+    return {"early": 100 * fmean(early or [math.nan]), "late": 100 * fmean(late)}
 
 
-def cells(name, runs, first):
-    """A line of the table. `first` are the runs of the first configuration, paired with these by seed."""
+def cells(name, runs, first, levels):
+    """A line of the table. `first` are the runs that these, paired by seed, are compared with."""
     line = [name]
-    for half in (0, 1):
-        levels = [halves(run["curve"])[half] for run in runs]
-        gains = [level - halves(other["curve"])[half] for level, other in zip(levels, first)]
-        line.append("{:.1f} ± {:.1f}".format(*interval(levels)))
-        line.append("{:+.1f} ± {:.1f}".format(*interval(gains)))
-    for key in ("instruction", "rubric"):
-        line.append("{:.1f} ± {:.1f}".format(*interval(column(runs, key))))
-    steps = [run["goal"] for run in runs if run["goal"] is not None]
-    line.append(f"{fmean(steps):.0f} ({len(steps)}/{len(runs)})" if steps else "never")
+    for level in levels:
+        mine = [parts(run["curves"][f"eval_{level}"]) for run in runs]
+        theirs = [parts(run["curves"][f"eval_{level}"]) for run in first]
+        for part in mine[0]:
+            values = column(mine, part)
+            gains = [value - base for value, base in zip(values, column(theirs, part))]
+            line.append("{:.1f} ± {:.1f}".format(*interval(values)))
+            line.append("{:+.1f} ± {:.1f}".format(*interval(gains)))
     return line + [f"{fmean(column(runs, key)):.2f}" for key in MEANS]
 
 
@@ -210,14 +196,17 @@ def configurations(runs):
 def table(runs):
     """The table of a study, a line a configuration."""
     groups = configurations(runs) or stop("there is no such run")
-    first = next(iter(groups.values()))
-    heads = ["early %", "to the first", "late %", "to the first", "instruction %", "rubric %"]
-    heads.append(f"step of {GOAL:.0%}")
+    levels = [level for level in LEVELS if f"eval_{level}" in runs[0]["curves"]]
+    heads = []
+    for level in levels:
+        heads += [f"{level}, early", "to the first", f"{level}, late", "to the first"]
     lines = [["configuration", *heads, *MEANS]]
+    first = {}  # for each reward, the runs of its first configuration
     for name, group in groups.items():
-        lines.append(cells(name, group, first))
+        first.setdefault(group[0]["config"]["reward"], group)
+        lines.append(cells(name, group, first[group[0]["config"]["reward"]], levels))
     width = max(len(line[0]) for line in lines)
-    layout = f"{{:<{width}}}" + "{:>15}" * len(heads) + "{:>10}" * len(MEANS)
+    layout = f"{{:<{width}}}" + "{:>20}{:>14}" * (len(heads) // 2) + "{:>12}" * len(MEANS)
     return "\n".join(layout.format(*line) for line in lines)
 
 
@@ -236,19 +225,21 @@ def write_page(runs, path):
     """The curves of a study in data/credit.html: each configuration's mean and interval over its seeds."""
     curves = {}
     for name, group in configurations(runs).items():
-        curves[name] = {"eval_instruction": averaged(column(group, "curve"))}
-        for metric in group[0].get("curves", {}):
-            curves[name][metric] = averaged([run["curves"][metric] for run in group])
+        metrics = group[0]["curves"]
+        curves[name] = {metric: averaged([run["curves"][metric] for run in group]) for metric in metrics}
     text = json.dumps(dict(title=path.stem, setting=None, groups=[], curves=curves)).replace("<", r"\u003c")
     template = (RTT.parent / "data" / "credit.html").read_text(encoding="utf-8")
     path.write_text(template.replace('"DATA"', text, 1), encoding="utf-8")
 
 
 def compare(args, flags):
-    keep_flags(flags, args.out)
+    names = STUDIES[args.study][1] if args.study in STUDIES else args.study
+    keep_flags([*flags, f"--rubrics={args.rubrics}"], args.out)
+    if args.rubrics:
+        flags.append(f"--data={only(args.rubrics, DATA / 'stories', args.out)}")
     jobs = {}
     for seed in range(args.first_seed, args.first_seed + args.seeds):  # a study cut short has whole seeds
-        for name in STUDIES.get(args.study, args.study).split(","):
+        for name in names.split(","):
             folder = args.out / f"{name}+seed={seed}".replace("/", "_")
             jobs[folder] = [*flags, *flags_of(name), f"--seed={seed}", f"--out={folder}"]
     try:
@@ -271,10 +262,14 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=5, help="runs of each configuration (5)")
     parser.add_argument("--first-seed", type=int, default=0, help="the others follow it (0)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (runs/compare)")
+    parser.add_argument("--rubrics", type=int, help="only prompts of data/stories with so many rubrics")
     parser.add_argument("--device", default="cpu", help="where they run (cpu)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print a results.jsonl, or lines of it")
     parser.add_argument("--page", type=Path, metavar="FILE", help="with --table: also draw its curves there")
+    argv = sys.argv[1:] if argv is None else argv
     args, flags = parser.parse_known_args(argv)
+    if args.study in STUDIES:  # what is given stands behind what the study needs, and holds
+        args, flags = parser.parse_known_args([*STUDIES[args.study][0].split(), *argv])
     if args.table:
         runs = read_lines(args.table)
         if args.study:
