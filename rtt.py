@@ -53,6 +53,7 @@ constant learning rate, one device.
 
 import copy
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -60,8 +61,10 @@ import os
 import random
 import re
 import runpy
+import shutil
 import sys
 import time
+import unicodedata
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -218,6 +221,26 @@ def all_of(verdicts):
     return satisfied, sum([found for met, found in verdicts if met == satisfied], [])
 
 
+# A word: letters, digits, the marks upon them (vowel signs, which \w leaves out), and hyphens and dots within.
+MARKS = "".join(mark for mark in map(chr, range(0x300, 0xFFFF)) if unicodedata.category(mark)[0] == "M")
+LETTER = rf"[\w{MARKS}\u200c\u200d]"
+WORD = rf"{LETTER}+(?:[-.]{LETTER}+)*"
+UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"  # Thai, ..., Chinese
+
+
+def whole_word(word):
+    """The pattern of a word, not within a longer one; of its characters, in scripts without spaces."""
+    pattern = re.escape(word.strip())
+    return pattern if re.search(UNSPACED, word) else rf"(?<!{LETTER}){pattern}(?!{LETTER})"
+
+
+def foreign_letters(text):
+    """Spans of the letters that are not Latin where these are the most; else none: it may be English."""
+    letters = [i for i, char in enumerate(text) if char.isalpha()]
+    foreign = [(i, i + 1) for i in letters if not unicodedata.name(text[i], "").startswith("LATIN")]
+    return foreign if 2 * len(foreign) > len(letters) else []
+
+
 @verifier(JUDGED)
 def in_words(text, criterion: str):
     """{criterion}"""
@@ -233,7 +256,7 @@ def keywords_existence(text, keywords: list):
 @verifier("keywords:forbidden_words")
 def keywords_forbidden_words(text, forbidden_words: list):
     """do not use the word {forbidden_words}"""
-    found = sum([spans(rf"\b{re.escape(word)}\b", text) for word in forbidden_words], [])
+    found = sum([spans(whole_word(word), text) for word in forbidden_words], [])
     return not found, found
 
 
@@ -244,6 +267,8 @@ SENTENCE_END = r"(?<![.!?])[.!?]+(?=[\s\"')\]*]|$)"
 @verifier("length_constraints:number_sentences")
 def number_sentences(text, num_sentences: int, relation: RELATION):
     """write {relation} {num_sentences} sentences"""
+    if relation == "less than" and num_sentences == 1:
+        raise ValueError("no response has less than 1 sentence")
     found = spans(SENTENCE_END, text, flags=0)
     rest = text[found[-1][1] :] if found else text
     if rest.strip(" \n\t\"')]"):
@@ -265,8 +290,10 @@ def end_checker(text, end_phrase: str):
 
 @verifier("change_case:english_lowercase")
 def english_lowercase(text):
-    """write in lowercase letters only"""
-    return text.islower(), [(i, i + 1) for i, char in enumerate(text) if char.istitle()]
+    """write in English, in lowercase letters only"""
+    capitals = [(i, i + 1) for i, char in enumerate(text) if char.istitle()]
+    foreign = foreign_letters(text)
+    return (False, foreign) if foreign else (text.islower(), capitals)
 
 
 sys.modules.setdefault("rtt", sys.modules[__name__])  # for the next line, where this file runs as a script
@@ -322,6 +349,7 @@ def make_rubric(rubric_id, kwargs):
         words[name] = ", ".join(value) if kind is list else kept[name]
         if isinstance(kind, dict):  # of codes and names
             words[name] = kind[value]
+    function("a response", **kept)  # a verifier may refuse what cannot be: ValueError
     return Rubric(rubric_id, kept, function.__doc__.format(**words))
 
 
@@ -360,16 +388,20 @@ def load_tasks(path_or_hub_id, split="train"):
         except Exception as error:  # the hub has many ways to fail; all mean that the data cannot be had
             raise BadInput(f"{path}: neither a local file nor to be had from the hub: {error}") from None
     tasks = []
+    unread = set()
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
+                unread |= row.keys() - {"prompt", "instruction_id_list", "kwargs", "rubrics"}
                 json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
                 tasks.append(make_task(row))
             except (BadInput, ValueError, TypeError, AttributeError) as error:
                 raise BadInput(f"{path}:{number}: not a row of this schema: {error}") from None
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
+    if unread:
+        print(f"{path}: fields that are not read: {', '.join(sorted(unread))}", file=sys.stderr)
     return tasks
 
 
@@ -1222,12 +1254,29 @@ def trained(models):
     return parts
 
 
+@contextmanager
+def written_whole(path):
+    """A file or folder is written beside `path` and then takes its name: it is there whole, or not at all.
+
+    Whatever fails is an OSError: on a full disk torch and safetensors raise errors of their own.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        yield new
+    except Exception as error:
+        shutil.rmtree(new, ignore_errors=True)
+        new.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written: {error}") from error
+    shutil.rmtree(path, ignore_errors=True)  # an older folder; of a file the new one takes the place
+    os.replace(new, path)
+
+
 def save_checkpoint(out, models, done):
-    """Everything that the rest of a run depends on, in one file, which is never half written."""
+    """Everything that the rest of a run depends on, in one file."""
     state = {name: part.state_dict() for name, part in trained(models).items()}
     rows = (out / "metrics.jsonl").stat().st_size  # in bytes
-    torch.save(state | dict(done=done, rows=rows), out / "checkpoint.new")
-    os.replace(out / "checkpoint.new", out / "checkpoint.pt")
+    with written_whole(out / "checkpoint.pt") as path:
+        torch.save(state | dict(done=done, rows=rows), path)
 
 
 def load_checkpoint(out, models):
@@ -1290,6 +1339,7 @@ def parse(argv=None):
     kept = {} if given.model else EMBEDDED
     if given.resume:
         kept = json.loads(Path(given.resume, "config.json").read_text())
+        kept.pop("digest", None)
         if kept.keys() != vars(given).keys():
             raise BadInput(f"--resume {given.resume}: its config.json is not that of a run of this version")
     parser.set_defaults(**kept)
@@ -1380,22 +1430,30 @@ def load_policy(name, config, dtype):
     ends = {*ends, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
     if not ends:
         raise BadInput(f"model {name}: neither its tokenizer nor its generation_config has an end token")
+    # without fields of sampling: none is used here, and what does not fit together could not be saved
+    special = dict(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), **special)
     return Policy(model.to(config.device), tokenizer, sorted(ends))
 
 
 def load_models(tasks, config):
     """All models of a run. Raises BadInput."""
     policy = load_policy(config.model, config, torch.float32)
-    longest = max(len(encode_prompt(policy.tokenizer, task.prompt)) for task in tasks)
+    read = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]  # before a response
+    learned = config.relevance == "discriminator" and config.alpha and not config.eval_only
+    if learned:
+        texts = {f"yes: {rubric.criterion}\n" for task in tasks for rubric in task.rubrics}
+        read += [token_ids(policy.tokenizer, text) for text in texts]
+    longest = max(map(len, read))
     room = context_length(policy.model)
     if longest + config.max_new_tokens > room:
-        sizes = f"a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens}"
+        sizes = f"a prompt or criterion of {longest} tokens and --max-new-tokens {config.max_new_tokens}"
         raise BadInput(f"model {config.model}: {sizes} do not fit into its context of {room}")
     judge = None
     if any(rubric.id in ASKING for task in tasks for rubric in task.rubrics):
         judge = load_policy(config.judge or config.model, config, getattr(torch, config.dtype))
     discriminator = None
-    if config.relevance == "discriminator" and config.alpha and not config.eval_only:
+    if learned:
         base = copy.deepcopy(policy.model.base_model)
         discriminator = RelevanceDiscriminator(base, policy.tokenizer, config.discriminator_lr, config.dtype)
     reference = copy.deepcopy(policy.model) if config.kl else None
@@ -1406,22 +1464,25 @@ def load_models(tasks, config):
 def run(config, train_tasks, eval_tasks):
     """Load, measure, train, measure again, save."""
     start = time.perf_counter()
+    out = Path(config.out)
+    digest = hashlib.sha256(repr((train_tasks, eval_tasks)).encode()).hexdigest()
+    if config.resume and json.loads((out / "config.json").read_text()).get("digest") != digest:
+        raise BadInput(f"--resume {config.resume}: {config.data} is not what it was when this run began")
     torch.manual_seed(config.seed)  # for the discriminator's head
     models = load_models(train_tasks + eval_tasks, config)
     policy = models.policy
     before, responses = evaluate(policy, eval_tasks, config, models.judge)
     after = before
     print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
-    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot begin leaves no folder
     with filelock.FileLock(out / ".lock", timeout=0):  # one run at a time
-        (out / "config.json").write_text(json.dumps(vars(config), indent=2))
+        (out / "config.json").write_text(json.dumps(vars(config) | dict(digest=digest), indent=2))
         if not config.eval_only:
             train(models, train_tasks, eval_tasks, out, config)
+            with written_whole(out / "policy") as folder:  # first what cost most
+                policy.model.save_pretrained(folder)
+                policy.tokenizer.save_pretrained(folder)
             after, responses = evaluate(policy, eval_tasks, config, models.judge)
-            policy.model.generation_config.eos_token_id = policy.end_ids
-            policy.model.save_pretrained(out / "policy")
-            policy.tokenizer.save_pretrained(out / "policy")
         write_rows(out / "responses.jsonl", responses)
         (out / "result.json").write_text(json.dumps(dict(before=before, after=after), indent=2))
     print(f"\n{'held-out prompts, %':<42}{'before':>9}{'after':>9}{'change':>9}")

@@ -127,6 +127,9 @@ keywords:existence {"keywords": ["lamp", "key"]}
 keywords:forbidden_words {"forbidden_words": ["dog", "élan"]}
 + A hotdog and a doghouse.
 - The ⟦Dog⟧'s ⟦dog⟧-house, 😀 ⟦Élan⟧
+keywords:forbidden_words {"forbidden_words": ["C++", "$5", "#ad", "U.S.", "e.g.", "猫", "हि"]}
++ C+ $55 x#ads U.S ae.g. हिन्दी
+- ⟦C++⟧ ⟦$5⟧ ⟦#ad⟧ ⟦U.S.⟧ ⟦e.g.⟧ 我喜欢⟦猫⟧咪 ⟦हि⟧
 keywords:frequency {"keyword": "ow", "frequency": 2, "relation": "at least"}
 + The c⟦ow⟧, the ⟦OW⟧l.
 - The cow.
@@ -154,6 +157,7 @@ length_constraints:number_sentences {"num_sentences": 2, "relation": "less than"
 length_constraints:number_words {"num_words": 3, "relation": "at least"}
 + one two_2 drei⟦⟧
 - ... one, -- two !⟦⟧
+- हिन्दी state-of-the-art⟦⟧
 length_constraints:number_paragraphs {"num_paragraphs": 2}
 + One\n⟦***⟧\nTwo
 - One\n\nTwo
@@ -207,18 +211,20 @@ startend:quotation {}
 - ⟦S⟧he said "yes"
 - "⟦⟧
 change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "at least"}
-+ ⟦X⟧-⟦RAY⟧ at (⟦NASA⟧), Pa3
++ ⟦X-RAY⟧ at (⟦NASA⟧), Pa3, ⟦U.S.A⟧.
 - x-ray 123 NASA Aa 灯
 change_case:capital_word_frequency {"capital_frequency": 2, "capital_relation": "less than"}
 + x-ray 123 NASA Aa 灯
-- X-⟦RAY⟧ at (⟦NASA⟧), Pa3
+- X-RAY at (⟦NASA⟧), Pa3
 change_case:english_capital {}
 + ALL LARGE, 灯 😀 İ
 - A⟦l⟧⟦ß⟧ ⟦ǅ⟧ B
+- ⟦Д⟧⟦А⟧ A
 - 123 !
 change_case:english_lowercase {}
 + all small, ß 灯 😀
 - ⟦A⟧ll ⟦İ⟧
+- ⟦д⟧⟦а⟧ ⟦灯⟧ ab
 - 123 !
 punctuation:no_comma {}
 + One; two、three.
@@ -231,7 +237,7 @@ def read_table():
     cases = []
     for line in TABLE.strip().splitlines():
         first, _, rest = line.partition(" ")
-        if first in "+-?":
+        if first in ("+", "-", "?"):
             marked = rest.replace(r"\n", "\n")
             evidence = []
             for n, match in enumerate(re.finditer("⟦(.*?)⟧", marked, re.DOTALL)):
@@ -296,7 +302,7 @@ def test_trap_13_rows_as_ifeval_ships_them_load_and_no_code_in_them_runs(tmp_pat
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
     row = dict(ROW, key=1, rubrics=["is {kind}"], functions=[code])
     row["instruction_id_list"] = ["length_constraints:number_words", "punctuation:no_comma"]
-    row["kwargs"] = [dict(num_words=3.0, relation="at least", keywords=None, func=code), {}]
+    row["kwargs"] = [dict(num_words=3.0, relation="at least", keywords=None, func=code), None]
     rtt.write_rows(tmp_path / "train.jsonl", [row, row])
     tasks = rtt.load_tasks(tmp_path)
     words, no_comma, kind = tasks[1].rubrics
@@ -319,26 +325,33 @@ def row_of(rubric_id, **kwargs):
     return json.dumps(dict(ROW, instruction_id_list=[rubric_id], kwargs=[kwargs]))
 
 
-BAD_ROWS = {
-    "not a row": "[1]",
-    "surrogates": r'{"prompt": "\ud800"}',
-    "'prompt'": '{"prompt": " "}',
-    "lists of one length": '{"prompt": "Go.", "instruction_id_list": ["punctuation:no_comma"]}',
-    "no rubric": '{"prompt": "Go."}',
-    "'rubrics', a list": '{"prompt": "Go.", "rubrics": "is kind"}',
-    "'criterion' must be": '{"prompt": "Go.", "rubrics": [" "]}',
-    "unknown instruction id": row_of("punctuation:none"),
-    "'keywords' must be a list": row_of("keywords:existence", keywords=["a", ""]),
-    "'num_bullets' must be": row_of("detectable_format:number_bullet_lists", num_bullets=True),
-    "not 1.5": row_of("detectable_format:number_bullet_lists", num_bullets=1.5),
-    "must be one of en, es": row_of("language:response_language", language="xx"),
-}
+SOME = dict(num_words=1, num_sentences=1, relation="less than")
+LETTER = dict(letter="th", let_frequency=2, let_relation="at least")
+PARAGRAPH = dict(num_paragraphs=3, nth_paragraph=5, first_word="x")
+BAD_ROWS = [
+    ("not a row", "[1]"),
+    ("surrogates", r'{"prompt": "\ud800"}'),
+    ("'prompt'", '{"prompt": " "}'),
+    ("lists of one length", '{"prompt": "Go.", "instruction_id_list": ["punctuation:no_comma"]}'),
+    ("no rubric", '{"prompt": "Go."}'),
+    ("'rubrics', a list", '{"prompt": "Go.", "rubrics": "is kind"}'),
+    ("'criterion' must be", '{"prompt": "Go.", "rubrics": [" "]}'),
+    ("less than 1 word", row_of("length_constraints:number_words", **SOME)),
+    ("less than 1 sentence", row_of("length_constraints:number_sentences", **SOME)),
+    ("must be one character", row_of("keywords:letter_frequency", **LETTER)),
+    ("no paragraph 5 of 3", row_of("length_constraints:nth_paragraph_first_word", **PARAGRAPH)),
+    ("unknown instruction id", row_of("punctuation:none")),
+    ("'keywords' must be a list", row_of("keywords:existence", keywords=["a", ""])),
+    ("'num_bullets' must be", row_of("detectable_format:number_bullet_lists", num_bullets=True)),
+    ("not 1.5", row_of("detectable_format:number_bullet_lists", num_bullets=1.5)),
+    ("must be one of en, es", row_of("language:response_language", language="xx")),
+]
 
 
-@pytest.mark.parametrize("reason", BAD_ROWS)
-def test_a_bad_row_is_named_by_file_and_line(reason, tmp_path):
+@pytest.mark.parametrize("reason, line", BAD_ROWS)
+def test_a_bad_row_is_named_by_file_and_line(reason, line, tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(f"{json.dumps(ROW)}\n{BAD_ROWS[reason]}")
+    path.write_text(f"{json.dumps(ROW)}\n{line}")
     with pytest.raises(rtt.BadInput) as error:
         rtt.load_tasks(path)
     assert str(error.value).startswith(f"{path}:2: ")
@@ -430,6 +443,7 @@ def test_trap_9_samples_of_a_prompt_do_not_depend_on_the_rest_of_the_batch(make_
     for p in range(3):
         alone = roll(model, [PROMPTS[p]], seeds=[1 + p])
         n = alone.ids.shape[1]
+        assert alone.mask[:, -1].any()  # the length of the longest
         rows = range(4 * p, 4 * p + 4)
         assert alone.ids.equal(batch.ids[rows, :n])
         assert not batch.mask[rows, n:].any()
@@ -457,6 +471,9 @@ def test_trap_15_a_turn_ends_where_the_chat_template_ends_it_though_eos_is_anoth
     qwen(len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path)
     policy = rtt.load_policy(tmp_path, rtt.Config(device="cpu"), torch.float32)
     assert policy.tokenizer.decode(policy.end_ids) == "<|endoftext|><|im_end|>"
+    tokenizer.add_tokens(["<done>"])  # an added token, but not a special one
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}<done>\n{% endfor %}"
+    assert tokenizer.decode(rtt.turn_end(tokenizer)) == "<done>"
 
 
 def test_trap_16_thinking_is_switched_off_by_the_template_or_closed(folder):
@@ -1053,7 +1070,7 @@ def test_a_step_is_the_opening_picture(relevance, partition, folder, data, tmp_p
         both = float((relevant & predicted).sum())
         assert row["f1"] == pytest.approx(2 * both / float(relevant.sum() + predicted.sum()))
         assert learned[-1][0][-1] is evidence
-    shares = [row.count(1) / (row.count(1) + row.count(-1)) for row in verdicts.tolist()]
+    shares = [given.count(1) / (given.count(1) + given.count(-1)) for given in verdicts.tolist()]
     rewards = torch.tensor(shares).view(2, 4)
     response = rtt.response_advantage(rewards).view(8, 1) * rollout.mask
     groups = zip(verdicts.split(4), credit.split(4), rollout.mask.split(4))
@@ -1148,7 +1165,7 @@ def test_rtt_py_alone_runs_with_its_five_verifiers_a_judge_and_a_file_of_ones_ow
     *_, mine, kind = record["rubrics"]
     places = [list(match.span()) for match in re.finditer("(?i)[aeiou]", record["response"])]
     assert mine["criterion"] == "use 1 vowels"
-    assert mine["satisfied"] and mine["evidence"] == places
+    assert (mine["satisfied"], mine["evidence"]) == (places != [], places)
     assert kind["criterion"] == "is kind" and kind["evidence"] is None
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["verifiers"] == str(tmp_path / "mine.py")  # found from anywhere
@@ -1207,6 +1224,84 @@ def test_bad_resumes_are_one_line(finished, folder, data, capsys, tmp_path):
         assert "lock" in refused(capsys, "--resume", finished)
     (tmp_path / "config.json").write_text('{"lr": 1}')
     assert "not that of a run of this version" in refused(capsys, "--resume", tmp_path)
+    rows = read(data / "eval.jsonl")
+    rtt.write_rows(data / "eval.jsonl", rows[:-1])
+    assert "is not what it was" in refused(capsys, "--resume", finished)
+    rtt.write_rows(data / "eval.jsonl", rows)
+
+
+def test_the_trained_policy_is_kept_whatever_its_folder_said_of_sampling_and_whatever_comes_after(
+    folder, data, tmp_path, monkeypatch
+):
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    (odd / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7, "top_p": 0.9}')
+    real = rtt.evaluate
+    results = [real, Mock(side_effect=KeyboardInterrupt)]  # the second is after training
+    monkeypatch.setattr(rtt, "evaluate", lambda *args: results.pop(0)(*args))
+    with pytest.raises(SystemExit):
+        rtt.main(small_run(odd, data, tmp_path / "run"))
+    assert not results
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy").num_parameters() > 1000
+
+
+def test_a_run_that_is_broken_off_before_it_began_leaves_nothing(folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(rtt, "evaluate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        rtt.main(small_run(folder, data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_whole(folder, data, tmp_path, capsys, monkeypatch):
+    real = torch.save
+    saved = []
+
+    def save(state, path):
+        if saved:
+            path.write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:626] unexpected pos")
+        saved.append(path)
+        real(state, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    out = tmp_path / "run"
+    said = refused(capsys, *small_run(folder, data, out, "--steps 2 --eval-every 1"))
+    assert "checkpoint.pt: cannot be written" in said
+    assert not list(out.glob("*.new"))
+    monkeypatch.setattr(torch, "save", real)
+    assert torch.load(out / "checkpoint.pt")["done"] == 1
+    rtt.main(["--resume", str(out)])
+    assert [row["step"] for row in read(out / "metrics.jsonl")] == [1, 2]
+
+    def save_pretrained(self, path):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"half")
+        raise Exception("I/O error: No space left on device (os error 28)")  # safetensors' is no OSError
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "save_pretrained", save_pretrained)
+    said = refused(capsys, "--resume", out)
+    assert "policy: cannot be written" in said
+    assert not list(out.glob("*.new"))
+    assert (out / "policy" / "model.safetensors").stat().st_size > 1000  # the last one
+
+
+def test_a_criterion_that_does_not_fit_is_refused_before_training(tokenizer, data, tmp_path, capsys):
+    small = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=4, n_positions=128)
+    model = GPT2LMHeadModel(small)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    rtt.write_rows(tmp_path / "a.jsonl", [dict(ROW, prompt="Go.", rubrics=["be kind " * 60])] * 3)
+    command = small_run(tmp_path / "gpt2", tmp_path / "a.jsonl", tmp_path / "run")
+    assert "criterion of" in refused(capsys, *command)
+    rtt.main([*command, "--alpha", "0"])  # where none is read
+
+
+def test_fields_that_are_not_read_are_named_once(tmp_path, capsys):
+    rows = [dict(ROW, key=1), dict(ROW, key=2, ground_truth="{}")]
+    rtt.write_rows(tmp_path / "a.jsonl", rows)
+    rtt.load_tasks(tmp_path / "a.jsonl")
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path / 'a.jsonl'}: fields that are not read: ground_truth, key\n"
 
 
 def test_trap_13_a_model_that_is_of_no_use_is_one_line_and_leaves_no_folder(folder, data, capsys, tmp_path):

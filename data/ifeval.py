@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 
-from rtt import RELATION, all_of, counted, end_of, spans, verifier
+from rtt import RELATION, WORD, all_of, counted, end_of, foreign_letters, spans, verifier
 
 SCRIPTS = {  # how the Unicode names of a script's letters begin: IFEval's languages that are written in it
     "LATIN": dict(en="English", es="Spanish", pt="Portuguese", fr="French", de="German", it="Italian")
@@ -70,14 +70,18 @@ def keywords_frequency(text, keyword: str, frequency: int, relation: RELATION):
 @verifier("keywords:letter_frequency")
 def letter_frequency(text, letter: str, let_frequency: int, let_relation: RELATION):
     """use the letter {letter} {let_relation} {let_frequency} times"""
-    found = [(i, i + 1) for i, char in enumerate(text) if letter.lower() in char.lower()]
+    if len(letter.strip()) != 1:
+        raise ValueError(f"letter must be one character, not {letter!r}")
+    found = [(i, i + 1) for i, char in enumerate(text) if letter.strip().lower() in char.lower()]
     return counted(found, let_relation, let_frequency)
 
 
 @verifier("length_constraints:number_words")
 def number_words(text, num_words: int, relation: RELATION):
     """write {relation} {num_words} words"""
-    satisfied, _ = counted(spans(r"\w+", text), relation, num_words)
+    if relation == "less than" and num_words == 1:
+        raise ValueError("no response has less than 1 word")
+    satisfied, _ = counted(spans(WORD, text), relation, num_words)
     return satisfied, end_of(text)
 
 
@@ -104,6 +108,8 @@ def number_paragraphs(text, num_paragraphs: int):
 @verifier("length_constraints:nth_paragraph_first_word")
 def nth_paragraph_first_word(text, num_paragraphs: int, nth_paragraph: int, first_word: str):
     """write {num_paragraphs} paragraphs; paragraph {nth_paragraph} begins with the word {first_word}"""
+    if nth_paragraph > num_paragraphs:
+        raise ValueError(f"there is no paragraph {nth_paragraph} of {num_paragraphs}")
     starts = [0] + [end for _, end in spans(r"\n\n", text)]
     paragraphs = text.split("\n\n")
     filled = [start for start, paragraph in zip(starts, paragraphs) if paragraph.strip()]
@@ -229,14 +235,16 @@ def quotation(text):
 @verifier("change_case:capital_word_frequency")
 def capital_word_frequency(text, capital_frequency: int, capital_relation: RELATION):
     """capitalize {capital_relation} {capital_frequency} words"""
-    capitals = [(start, end) for start, end in spans(r"\w+", text) if text[start:end].isupper()]
+    capitals = [(start, end) for start, end in spans(WORD, text) if text[start:end].isupper()]
     return counted(capitals, capital_relation, capital_frequency)
 
 
 @verifier("change_case:english_capital")
 def english_capital(text):
-    """write in capital letters only"""
-    return text.isupper(), [(i, i + 1) for i, c in enumerate(text) if c != c.upper() or c.islower()]
+    """write in English and in capital letters only"""
+    small = [(i, i + 1) for i, char in enumerate(text) if char != char.upper() or char.islower()]
+    foreign = foreign_letters(text)
+    return (False, foreign) if foreign else (text.isupper(), small)
 
 
 @verifier("punctuation:no_comma")
