@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
 r"""Rubrics to Tokens: reinforcement learning from rubrics with token-level credit, in one file.
 
-A prompt comes with several rubrics (criteria). A reward for the whole response says how many were met, not
-where. RTT (Rubrics to Tokens, arXiv:2604.02795) asks a small discriminator which tokens are responsible for
-each verdict, and adds a token-level advantage to GRPO's response-level one. TGC (Token Gradient Cancellation,
-arXiv:2604.13088) says that tokens which all responses of a group share should not move, and changes the
-weights of the responses so that they do not. Both speak of one tensor: the coefficient with which each
-token's log-probability is pushed up or down.
+A prompt comes with several rubrics (criteria). A reward for the whole response says at best how many were
+met, not where. RTT (Rubrics to Tokens, arXiv:2604.02795) asks a small discriminator which tokens are
+responsible for each verdict, and adds a token-level advantage to GRPO's response-level one. TGC (Token
+Gradient Cancellation, arXiv:2604.13088) says that tokens which all responses of a group share should not
+move, and changes the weights of the responses so that they do not. Both speak of one tensor: the coefficient
+with which each token's log-probability is pushed up or down.
 
-In GRPO the policy (the language model in training) answers each prompt with a group of rollouts (sampled
-responses). A response's advantage says how far its reward lies above the group's mean, in standard
-deviations. It multiplies the gradient of each token's log-probability. The ratio of the new to the old
-probability weighs tokens that an older policy sampled. The clip lets a token go (it is pushed no further):
-its weight becomes 0 once its ratio has gone too far from 1.
+In GRPO the policy (the language model in training) answers each prompt with a group of sampled responses; all
+that a step samples are its rollout. A response's advantage says how far its reward lies above the group's
+mean, in standard deviations. It multiplies the gradient of each token's log-probability. The ratio of the new
+to the old probability weighs tokens that an older policy sampled. The clip lets a token go (its weight
+becomes 0) once its ratio has gone too far from 1 in the direction of its advantage.
 
     prompts with rubrics (1)
        | sample G responses to each (2)
@@ -37,6 +37,7 @@ its weight becomes 0 once its ratio has gone too far from 1.
     a           [G, T]     token_adv           r normalised over a partition of it, mean over rubrics
     A + alpha*a [N, T]     advantages          alpha: how much the token level counts
     -           [N, T]     ratio               new over old probability, of a token or of its whole response
+    -           [N, T]     weight              what the update multiplies an advantage with (section 7)
     c           [N, T]     coef                advantage * weight: multiplies each grad log pi
     -           [N, T]     mask                1 at the tokens of a response, 0 at padding
 
@@ -102,7 +103,7 @@ class Config:
     out: str = setting("", "new folder for all that the run writes; none: runs/<time>")
     resume: str = setting("", "folder of a run to go on with; only --steps, --device beside it")
     eval_only: bool = setting(False, "measure the model on the held-out prompts, do not train")
-    seed: int = setting(0, "of everything random; on the CPU, equal seeds give equal runs")
+    seed: int = setting(0, "of everything random; with equal packages and threads a CPU repeats a run")
     device: str = setting("auto", "auto: the best there is", "auto cpu cuda mps")
     dtype: str = setting("auto", "of forward passes; auto: bfloat16 on cuda", "auto float32 bfloat16")
 
@@ -117,7 +118,7 @@ class Config:
     partition: str = setting("verdict", "see token_advantage; intra is RTT's", "intra inter rubric verdict")
     alpha: float = setting(0.5, "weight of the token level; 0 is plain GRPO")
     discriminator_lr: float = setting(1e-5, "learning rate of the discriminator")
-    warmup: int = setting(24, "rollouts that the discriminator learns from before the first step")
+    warmup: int = setting(24, "rollouts (of a step each) that the discriminator learns from at first")
 
     loss: str = setting("grpo", "see policy_weights", "grpo grpo-fix grpo-mask gspo dfpo-min dfpo-orth")
     clip: list[float] | None = setting(None, "how far below and above 1 a ratio may go; none: rtt.py's CLIP")
@@ -152,7 +153,7 @@ class BadInput(Exception):
 # 1. Rubrics: tasks, verdicts, evidence
 #
 # In: a data file; later a response.  Out: tasks (a prompt with its rubrics); later, for each rubric, a
-# verdict and its *evidence*, the characters that it rests on: with others there, it would flip.  The verdict
+# verdict and its *evidence*, the characters that it rests on: with others there, it might flip.  The verdict
 # becomes the reward (section 3); the evidence is what the discriminator learns to find (section 4).  Data
 # schema and verdicts are IFEval's (arXiv:2311.07911), in its strict reading.
 #
@@ -162,7 +163,7 @@ class BadInput(Exception):
 # (len, len), which stands for the end token.  IFEval's other twenty are in data/ifeval.py.
 
 JUDGED = "judge"  # the id of a rubric that is a criterion in words, which no rule can check
-ASKING = (JUDGED, "language:response_language")  # those whose verdict a rule may leave to a judge
+MAY_NEED_JUDGE = (JUDGED, "language:response_language")  # ids of rubrics whose rule may not decide
 VERIFIERS = {}  # rubric id -> a function (text, **kwargs) -> (satisfied, evidence)
 
 
@@ -183,7 +184,7 @@ class Task(NamedTuple):
 
 
 def verifier(rubric_id):
-    """Register the decorated function for `rubric_id`. Its docstring is the criterion, over its arguments."""
+    """Register the decorated function for `rubric_id`. Its docstring is the criterion, with {arguments}."""
 
     def register(function):
         VERIFIERS[rubric_id] = function
@@ -198,7 +199,7 @@ def end_of(text):
 
 
 def spans(pattern, text, flags=re.IGNORECASE | re.MULTILINE):
-    """Where the regular expression matches, or its group where it has one: a list of spans."""
+    """Where the regular expression matches (or its last group does, if it has one): a list of spans."""
     return [match.span(match.re.groups) for match in re.finditer(pattern, text, flags)]
 
 
@@ -221,7 +222,7 @@ def all_of(verdicts):
     return satisfied, sum([found for met, found in verdicts if met == satisfied], [])
 
 
-# A word: letters, digits, the marks upon them (vowel signs, which \w leaves out), and hyphens and dots within.
+# A word: letters, digits, the marks upon them (vowel signs, which \w leaves out), hyphens and dots within.
 MARKS = "".join(mark for mark in map(chr, range(0x300, 0xFFFF)) if unicodedata.category(mark)[0] == "M")
 LETTER = rf"[\w{MARKS}\u200c\u200d]"
 WORD = rf"{LETTER}+(?:[-.]{LETTER}+)*"
@@ -285,18 +286,18 @@ def end_checker(text, end_phrase: str):
     if not body.lower().endswith(phrase.lower()):
         return False, end_of(text)
     end = text.rindex(body) + len(body)
-    return True, [(max(end - len(phrase), 0), end)]
+    return True, [(max(end - len(phrase), 0), end)]  # lower() may have changed the length
 
 
 @verifier("change_case:english_lowercase")
 def english_lowercase(text):
     """write in English, in lowercase letters only"""
-    capitals = [(i, i + 1) for i, char in enumerate(text) if char.istitle()]
+    capitals = [(i, i + 1) for i, char in enumerate(text) if char.istitle()]  # or a title-case letter
     foreign = foreign_letters(text)
     return (False, foreign) if foreign else (text.islower(), capitals)
 
 
-sys.modules.setdefault("rtt", sys.modules[__name__])  # for the next line, where this file runs as a script
+sys.modules.setdefault("rtt", sys.modules[__name__])  # what `import rtt` finds where this file is a script
 if (DATA / "ifeval.py").is_file():
     runpy.run_path(DATA / "ifeval.py")  # its functions register themselves
 
@@ -340,21 +341,24 @@ def make_rubric(rubric_id, kwargs):
     function = VERIFIERS[rubric_id]
     kept = {}
     words = {}  # the same for the criterion
-    for name, kind in function.__annotations__.items():
+    for name, kind in function.__annotations__.items():  # `text` has none
         value = kwargs.get(name)
         if not fits(value, kind):
             allowed = KINDS[kind] if isinstance(kind, type) else f"one of {', '.join(kind)}"
             raise BadInput(f"{rubric_id}: {name!r} must be {allowed}, not {json.dumps(value)}")
         kept[name] = int(value) if kind is int else value  # 3.0 is 3
         words[name] = ", ".join(value) if kind is list else kept[name]
-        if isinstance(kind, dict):  # of codes and names
+        if isinstance(kind, dict):  # what it may be, and its name: a language
             words[name] = kind[value]
     function("a response", **kept)  # a verifier may refuse what cannot be: ValueError
     return Rubric(rubric_id, kept, function.__doc__.format(**words))
 
 
 def make_task(row):
-    """A checked Task from one row of data. Raises BadInput, or what Python says of fields of other types."""
+    """A checked Task from one row of data, whose field `rubrics` holds those in words only.
+
+    Raises BadInput, or TypeError and the like for fields of other types.
+    """
     ids = row.get("instruction_id_list") or []
     kwargs = row.get("kwargs") or []
     criteria = row.get("rubrics") or []
@@ -621,7 +625,7 @@ def response_reward(verdicts, kind="aon"):
 
 @functools.lru_cache(2**18)
 def decoded(tokenizer, ids):
-    """What these tokens write behind an "a": at the beginning of a text SentencePiece drops a space."""
+    """The text of these tokens, decoded behind an "a": alone, SentencePiece would drop a leading space."""
     anchor = token_ids(tokenizer, "a")[-1:]
     options = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return tokenizer.decode([*anchor, *ids], **options)[1:]
@@ -722,7 +726,7 @@ def grade(tokenizer, rollout, tasks, judge=None):
             else:
                 verdicts[i, k] = 1 if verdict.satisfied else -1
                 marks = evidence_to_tokens(verdict.evidence, tokens) + [0.0] * T
-                evidence[i, k] = torch.tensor(marks[:T])  # a truncated response has no end token
+                evidence[i, k] = torch.tensor(marks[:T])  # T: a truncated response lacks the end token
     if questions:
         for (i, k), sure in zip(questions, judge_yes(judge, list(questions.values()))):
             found[i][k] = Verdict(bool(sure > 0.5), None)
@@ -850,19 +854,20 @@ def token_f1(relevance, evidence):
 def token_relevance(discriminator, tasks, rollout, verdicts, evidence, config):
     """Relevance [N, K, T] by the source that was asked for, and the F1 of a learned one.
 
-    "discriminator": learned. "evidence": what the rules say. "shuffled": that on random tokens, a control.
+    "discriminator": learned. "evidence": what the rules say. "shuffled": the same marks on random tokens of
+    the response, a control.
     """
     mask = rollout.mask
     known = ~evidence.isnan()  # [N, K, T]
     labels = evidence.nan_to_num(0)
     if config.relevance == "shuffled":
-        keys = torch.rand(mask.shape).to(mask.device) - mask.float()  # [N, T] tokens come before padding
+        keys = torch.rand(mask.shape).to(mask.device) - mask.float()  # [N, T] below 0 at tokens, so first
         order = keys.argsort(1)[:, None].expand_as(labels)  # [N, K, T]
         return labels.gather(2, order) * mask[:, None], None
     if discriminator is None:
         return labels, None
     wanted = verdicts  # [N, K]
-    if config.partition == "verdict":  # a rubric on which the group agrees has no advantage to be spread
+    if config.partition == "verdict":  # there, where a group agrees, the advantage is 0 (section 5)
         grouped = wanted.view(len(tasks), config.group_size, -1)  # [P, G, K]
         differs = (grouped != grouped[:, :1]).any(1, keepdim=True)  # [P, 1, K]
         wanted = (grouped * differs).view_as(wanted)
@@ -879,7 +884,7 @@ def token_relevance(discriminator, tasks, rollout, verdicts, evidence, config):
 # In: for one prompt, rewards [G], verdicts [G, K], relevance [G, K, T].  Out: A [G] and a [G, T]; RTT-GRPO's
 # advantage is A[:, None] + alpha * a.  The response level is GRPO's.  The token level lives in RTT's
 # three-dimensional reward space r[i, k, t] = verdict * relevance.  Which entries of r share one mean and one
-# standard deviation?  That is RTT's group partitioning problem; the partitions below differ in one line.
+# standard deviation?  That is RTT's group partitioning problem; the partitions below differ in a line or two.
 
 
 def response_advantage(rewards, eps=1e-6):
@@ -895,7 +900,7 @@ def response_advantage(rewards, eps=1e-6):
 
 
 def masked_normalize(x, mask, dim, eps):
-    """(x - mean) / (std + eps) over the entries along `dim` where mask is 1; x must be 0 where it is 0."""
+    """(x - mean) / (std + eps) over the entries along `dim` where mask is 1; x must be 0 where mask is 0."""
     count = mask.sum(dim, keepdim=True).clamp(min=1)
     mean = x.sum(dim, keepdim=True) / count
     centred = (x - mean) * mask
@@ -908,18 +913,18 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     """Token-level advantage [G, T] of one group: token rewards, normalised over a partition of them (RTT).
 
     verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T]. No gradient.
-    partition: see the branches; the default is RTT's, that of the command line is "verdict". The mean over a
-    response's K rubrics: their sum, which RTT's release has too, is alpha * K in place of alpha.
-    Raises ValueError for another shape.
+    partition: see the branches; the default is RTT's, that of the command line is "verdict", whose shared
+    tokens cancel. Returns the mean over a response's rubrics (RTT's release can also sum: alpha * K here).
+    Raises ValueError for another partition or shape.
 
     One rubric, satisfied by two responses for their third token, violated by the last for its second. All
     begin with the same token: its pushes should sum to 0. verdicts [[1], [1], [-1]], relevance
-    [[[0, 0, 1, 0]], [[0, 0, 1, 0]], [[0, 1, 0, 0]]], eps near 0, give
+    [[[0, 0, 1, 0]], [[0, 0, 1, 0]], [[0, 1, 0, 0]]], with eps = 1e-9, give
                           the first response         the last response           sum at the first token
       "intra"             [-.58, -.58, 1.73, -.58]   [.58, -1.73, .58, .58]      -.58
       "inter", "rubric"   [-.17, -.17, 1.86, -.17]   [-.17, -2.20, -.17, -.17]   -.51
       "verdict"           [0, 0, .71, 0]             [0, -1.41, 0, 0]            0
-    Were all satisfied, the first three would still push (sum -1.73), "verdict" would not.
+    If all responses were satisfied, "intra", "inter" and "rubric" would still push (sum -1.73).
 
     eps is large on purpose. r lies in [-1, 1]. One relevant token of 40 makes a std of 0.16, while a
     discriminator that sees nothing anywhere still makes one of 0.01 from noise: with eps = 0.1 the first
@@ -941,6 +946,8 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
         return masked_normalize(token_reward.sum(1) / rubrics, mask.float(), (0, 1), eps)
     elif partition == "verdict":  # ours: verdicts over the responses, only then spread by relevance
         advantage = masked_normalize(signs, exists, 0, eps)[..., None] * relevance
+    else:
+        raise ValueError(f"partition must be intra, inter, rubric or verdict, not {partition!r}")
     return advantage.sum(1) / rubrics  # [G, T]
 
 
@@ -948,17 +955,17 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
 # 6. Exchangeability: transformations of the weights, and the learning tax  (TGC)
 #
 # In: per-response weights and advantages of a group.  Out: weights under which shared tokens cancel.
-# Any group objective has the gradient sum_i sum_t c[i, t] * grad log pi(y[i, t]), with the effective
-# coefficient c = advantage * weight.  A token that all responses share in the same context has the same
-# gradient in all of them: it moves by sum_i c[i, t].  Sharing it made no response better than another, so
-# the sum should be 0: it must not matter in which response a shared token stands.  A group's response-level
-# advantages sum to 0.  Multiplied by weights that differ between the responses they do not, unless these
-# are first made equal, or orthogonal to the advantages.  What is left over is the learning tax: the policy
-# drifts, and no response is the better for it.
+# Any group objective has the gradient sum_i sum_t c[i, t] * grad log pi(y[i, t]), where pi is the policy,
+# y[i, t] token t of response i, and c = advantage * weight the effective coefficient.  A token that all
+# responses share in the same context has the same gradient in all of them: it moves by sum_i c[i, t].
+# Sharing it made no response better than another, so the sum should be 0: it must not matter in which
+# response a shared token stands.  A group's response-level advantages sum to 0.  Multiplied by weights that
+# differ between the responses they do not, unless these are first made equal, or orthogonal to the
+# advantages.  What is left over is the learning tax: the policy drifts, and no response is the better for it.
 #
-# What breaks it: PPO's one-sided clip, which lets a token go in some responses and not in others, by the
-# signs of their advantages ("grpo"); one ratio for a whole response, and the division by its length |y|,
-# even on policy ("gspo").  A ratio of each token is harmless: the same token after the same text has one.
+# What leaves something over: PPO's one-sided clip, which lets a token go in some responses and not in others,
+# by the signs of their advantages ("grpo"); one ratio for a whole response, and the division by its length
+# |y|, even on policy ("gspo").  A token's own ratio is harmless: the same token after the same text has one.
 #
 # Token-level advantages must sum to 0 by themselves.  Those of "verdict" do (section 5), where a shared token
 # has the same relevance in all responses; a learned relevance comes near to that.
@@ -1006,20 +1013,21 @@ def cancellation_residual(coef, ids, mask):
 # 7. The update: six weights, one loss
 #
 # In: log-probabilities with gradient, those of the sampler, advantages, all [N, T].  Out: a changed policy.
-# Every method is a weight [N, T] that has no gradient.  The loss is always
+# Every method is a weight [N, T] that has no gradient.  The loss (but for the penalty of --kl) is always
 #     -sum(weight * logprobs * advantages) / denominator
-# with the gradient -c / denominator, c = advantages * weight, at each log-probability: what section 6 speaks
-# of is literally what the code multiplies.  The loss's value means nothing, only its gradient does.
+# with the gradient -c / denominator, c = advantages * weight, at each log-probability: section 6's c.
+# The loss's value means nothing: the weight is the slope of an objective such as PPO's, not the objective.
 #
-# Off policy a weight has two duties: shared tokens must cancel (TGC), and a token that has been pushed far
-# enough must be let go (PPO's clip).  "grpo" sees to the second, TGC's losses to the first; with the group
-# clip, which is ours, they see to both, and so does "grpo-mask".
+# Once the policy has moved from the one that sampled (off policy: --updates above 1), a weight has two
+# duties: shared tokens must cancel (TGC), and a token that has been pushed far enough must be let go (PPO's
+# clip).  "grpo" sees to the second, TGC's losses to the first; with the group clip, which is ours, they see
+# to both, and so does "grpo-mask".
 
 CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves far less than a token's
     "grpo": (0.2, 0.2),
     "grpo-mask": (0.2, 0.2),
     "gspo": (3e-4, 4e-4),  # GSPO's own (arXiv:2507.18071), made for long responses
-    # TGC's losses: the range of the group clip; (1, inf) is their own form, without it
+    # of TGC's losses that of the group clip; (1, inf) switches it off, which is their published form
     "grpo-fix": (0.2, 0.2),
     "dfpo-min": (0.02, 0.02),
     "dfpo-orth": (0.02, 0.02),
@@ -1028,7 +1036,7 @@ CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves f
 
 @torch.no_grad()
 def policy_weights(logprobs, old_logprobs, advantages, mask, group_size, loss="grpo", clip=None):
-    """The weight [N, T] of each token's log-probability beside its advantage, 0 at padding. No gradient.
+    """What multiplies each token's log-probability besides its advantage: [N, T], 0 at padding. No gradient.
 
     logprobs, old_logprobs, advantages, mask: [N, T], groups of `group_size` consecutive rows; float32, for in
     half precision a ratio near 1 is mostly rounding. clip: (low, high), by default CLIP's. Divide the loss by
@@ -1047,7 +1055,7 @@ def policy_weights(logprobs, old_logprobs, advantages, mask, group_size, loss="g
     length = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1] |y|
     if loss in ("gspo", "dfpo-min", "dfpo-orth"):  # one ratio a response: the geometric mean of its tokens'
         log_ratio = (log_ratio.sum(1, keepdim=True) / length).expand_as(mask)
-    ratio = log_ratio.clamp(max=20).exp()  # [N, T]
+    ratio = log_ratio.clamp(max=20).exp()  # [N, T], not infinite
     far_up = ratio > 1 + high
     far_down = ratio < 1 - low
     far_enough = (far_up & (advantages > 0)) | (far_down & (advantages < 0))  # PPO's clip
@@ -1058,7 +1066,7 @@ def policy_weights(logprobs, old_logprobs, advantages, mask, group_size, loss="g
         weight = ratio * ~(far_up | far_down)
     elif loss == "gspo":  # each response counts alike, whatever its length
         weight = ratio * ~far_enough / length
-    elif loss == "grpo-fix":  # TGC: a weight held within 0.2 of 1 (idle in a group clip of 0.2)
+    elif loss == "grpo-fix":  # TGC: held within 0.2 of 1, which a group clip of 0.2 has done already
         weight = ratio.clamp(0.8, 1.2)
     elif loss == "dfpo-min":  # TGC: one weight for the group
         weight = min_replace(group_ratio).reshape(-1, 1)  # [N, 1]
@@ -1067,7 +1075,7 @@ def policy_weights(logprobs, old_logprobs, advantages, mask, group_size, loss="g
         weight = adv_orthogonal(group_ratio, mean_advantage.view(-1, group_size)).reshape(-1, 1)  # [N, 1]
     if loss in ("grpo-fix", "dfpo-min", "dfpo-orth"):
         # group clip (ours): one ratio outside lets all of the group go, so shared tokens still cancel
-        outside = (far_up | far_down).view(len(group_ratio), -1).any(1)  # [P]
+        outside = (far_up | far_down).view(-1, group_size * mask.shape[1]).any(1)  # [P]
         weight = weight * ~outside.repeat_interleave(group_size)[:, None]
     return weight * real
 
@@ -1099,7 +1107,8 @@ def micro_batches(rollout, group_size, groups):
 
 
 def update(model, optimizer, rollout, advantages, config, reference=None):
-    """`config.updates` optimiser steps on one rollout; advantages [N, T]. Returns their mean statistics:
+    """`config.updates` optimiser steps on one rollout with advantages [N, T]. Returns their mean statistics.
+
     clip_fraction (of the tokens, those let go), approx_kl (k3 of sampler and policy), grad_norm, residual.
 
     The denominator is the whole update's: micro-batches do not change the gradient. The old log-probabilities
@@ -1160,7 +1169,7 @@ def step_tasks(tasks, step, config):
     """A step's tasks, and a seed for sampling each."""
     rng = random.Random(f"{config.seed} {step}")
     torch.manual_seed(rng.getrandbits(62))  # for what torch draws: the pairs of `fit`, `shuffled`
-    drawn = rng.choices(tasks, k=config.prompts)
+    drawn = rng.choices(tasks, k=config.prompts)  # with replacement
     return drawn, [rng.getrandbits(62) for _ in drawn]
 
 
@@ -1199,8 +1208,8 @@ def train_step(models, tasks, seeds, config):
     response_push = float(response_level.abs().sum())
     row = dict(
         reward=float(rewards.mean()),
-        instruction=float(response_reward(verdicts, "aon").mean()),
-        rubric=float(response_reward(verdicts.view(-1), "csr")),
+        instruction=float(response_reward(verdicts, "aon").mean()),  # responses with all rubrics met
+        rubric=float(response_reward(verdicts.view(-1), "csr")),  # rubrics met, of all responses
         entropy=float(rollout.entropy.sum() / tokens),  # in nats a token
         truncated=float(rollout.truncated.float().mean()),
         zero_variance=float((response_adv == 0).all(1).float().mean()),  # groups without a response level
@@ -1272,11 +1281,14 @@ def written_whole(path):
 
 
 def save_checkpoint(out, models, done):
-    """Everything that the rest of a run depends on, in one file."""
+    """What training has changed, how far it came, and how long metrics.jsonl was.
+
+    With the run's config.json, its data, models and verifiers that is all that the rest depends on.
+    """
     state = {name: part.state_dict() for name, part in trained(models).items()}
-    rows = (out / "metrics.jsonl").stat().st_size  # in bytes
+    size = (out / "metrics.jsonl").stat().st_size
     with written_whole(out / "checkpoint.pt") as path:
-        torch.save(state | dict(done=done, rows=rows), path)
+        torch.save(state | dict(done=done, metrics_size=size), path)
 
 
 def load_checkpoint(out, models):
@@ -1287,12 +1299,12 @@ def load_checkpoint(out, models):
     state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     for name, part in trained(models).items():
         part.load_state_dict(state[name])
-    os.truncate(out / "metrics.jsonl", state["rows"])  # the later steps are done again
+    os.truncate(out / "metrics.jsonl", state["metrics_size"])  # the later steps are done again
     return state["done"]
 
 
 def warm_up(models, tasks, config):
-    """Train the discriminator, not the policy, on `warmup` rollouts: the steps up to 0."""
+    """Train the discriminator, not the policy, on `warmup` rollouts, the steps numbered up to 0."""
     policy = models.policy
     for step in tqdm(range(1 - config.warmup, 1), "warm-up", disable=None, leave=False):
         drawn, seeds = step_tasks(tasks, step, config)
@@ -1327,13 +1339,15 @@ def train(models, train_tasks, eval_tasks, out, config):
 # ==================================================================================================
 # 9. Main: the command line, the models, a run
 #
-# In: the command line.  Out: a run.  What is wrong is said in one line, before anything is written.
+# In: the command line.  Out: a run.  What is wrong with the input is said in one line, before anything is
+# written.
 
 LEAST = dict(group_size=2, seed=0, alpha=0, warmup=0, kl=0, eval_every=0)  # of a setting; others: above 0
 
 
 def parse(argv=None):
     """The command line -> Config. Raises BadInput; argparse leaves with status 2 for what it cannot read."""
+    # read twice: the model or the run that is named decides which defaults hold
     parser = transformers.HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
     given = parser.parse_args(argv)
     kept = {} if given.model else EMBEDDED
@@ -1348,7 +1362,7 @@ def parse(argv=None):
     if config.resume and kept | free != vars(config):
         raise BadInput(f"--resume {config.resume}: only --steps and --device may be given beside it")
     for name, value in vars(config).items():
-        if type(value) in (int, float) and not value >= LEAST.get(name, 1e-12):
+        if type(value) in (int, float) and not value >= LEAST.get(name, 1e-12):  # not >=: NaN, too
             allowed = f"at least {LEAST[name]}" if name in LEAST else "above 0"
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be {allowed}")
     if config.clip and (len(config.clip) != 2 or min(config.clip) <= 0):
@@ -1439,7 +1453,7 @@ def load_policy(name, config, dtype):
 def load_models(tasks, config):
     """All models of a run. Raises BadInput."""
     policy = load_policy(config.model, config, torch.float32)
-    read = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]  # before a response
+    read = [encode_prompt(policy.tokenizer, task.prompt) for task in tasks]  # what stands before a response
     learned = config.relevance == "discriminator" and config.alpha and not config.eval_only
     if learned:
         texts = {f"yes: {rubric.criterion}\n" for task in tasks for rubric in task.rubrics}
@@ -1450,7 +1464,7 @@ def load_models(tasks, config):
         sizes = f"a prompt or criterion of {longest} tokens and --max-new-tokens {config.max_new_tokens}"
         raise BadInput(f"model {config.model}: {sizes} do not fit into its context of {room}")
     judge = None
-    if any(rubric.id in ASKING for task in tasks for rubric in task.rubrics):
+    if any(rubric.id in MAY_NEED_JUDGE for task in tasks for rubric in task.rubrics):
         judge = load_policy(config.judge or config.model, config, getattr(torch, config.dtype))
     discriminator = None
     if learned:

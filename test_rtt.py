@@ -266,7 +266,7 @@ def test_every_verifier_has_cases_of_both_verdicts():
     covered = {(rubric.id, verdict.satisfied) for rubric, _, verdict in CASES}
     for rubric_id in rtt.VERIFIERS:
         assert {(rubric_id, rubric_id != rtt.JUDGED or None), (rubric_id, False)} <= covered
-    assert {rubric_id for rubric_id, satisfied in covered if satisfied is None} == set(rtt.ASKING)
+    assert {rubric_id for rubric_id, satisfied in covered if satisfied is None} == set(rtt.MAY_NEED_JUDGE)
 
 
 @pytest.mark.parametrize("rubric, example, verdict", CASES)
@@ -276,7 +276,7 @@ def test_evidence_is_that_of_the_table_and_removing_it_ends_a_satisfied_verdict(
     for _ in range(100):
         text = "".join(rng.choices([*PIECES, example], k=rng.randint(0, 12)))
         satisfied, evidence = rtt.verify(rubric, text)
-        assert type(satisfied) is bool or satisfied is None and rubric.id in rtt.ASKING
+        assert type(satisfied) is bool or satisfied is None and rubric.id in rtt.MAY_NEED_JUDGE
         assert evidence == sorted(evidence)
         letters = list(text)
         to_the_end = False  # then only a longer response could flip the verdict

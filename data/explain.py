@@ -30,7 +30,7 @@ def load_checkpoint(run, models):
     state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     for name, part in rtt.trained(models).items():
         part.load_state_dict(state[name])
-    lines = (run / "metrics.jsonl").read_bytes()[: state["rows"]].splitlines()
+    lines = (run / "metrics.jsonl").read_bytes()[: state["metrics_size"]].splitlines()
     return state["done"], [json.loads(line) for line in lines]
 
 

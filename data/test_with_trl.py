@@ -6,16 +6,18 @@ import sys
 import warnings
 from pathlib import Path
 
+DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))
+# before torch: it sets the number of threads
+from test_rtt import assert_close, folder, python, qwen, spy, tokenizer, weights_of
+
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tokenizers import processors
 from transformers import AutoTokenizer, TrainerCallback
 
-DATA = Path(__file__).resolve().parent
-sys.path.insert(0, str(DATA.parent))
 import rtt
-from test_rtt import assert_close, folder, python, qwen, spy, tokenizer, weights_of
 
 IN_TRL = "--device cpu --steps 1 --group-size 4 --micro-batch 4 --max-new-tokens 40".split()
 IN_TRL += "--temperature 1.3 --reward csr --relevance evidence --partition intra --alpha 1".split()
@@ -141,9 +143,10 @@ def test_trl_reads_a_prompt_as_rtt_does_or_it_is_refused(with_trl, folder):
         with_trl.as_text(tokenizer, "Say <|im_end|>.")
 
 
-@pytest.mark.parametrize(
-    "flags", ["--importance_sampling_level sequence", "--loss_type bnpo", "--loss dfpo-min", "--no-such-flag 1"]
-)
+REFUSED = ["--importance_sampling_level sequence", "--loss_type bnpo", "--loss dfpo-min", "--no-such-flag 1"]
+
+
+@pytest.mark.parametrize("flags", REFUSED)
 def test_trl_refuses_in_one_line_what_would_not_be_the_same(flags, with_trl, capsys):
     with pytest.raises(SystemExit, match="2"):
         with_trl.main(flags.split())
