@@ -222,10 +222,10 @@ def all_of(verdicts):
     return satisfied, sum([found for met, found in verdicts if met == satisfied], [])
 
 
-# A word: letters, digits, the marks upon them (vowel signs, which \w leaves out), hyphens and dots within.
-MARKS = "".join(mark for mark in map(chr, range(0x300, 0xFFFF)) if unicodedata.category(mark)[0] == "M")
+# A word: letters, digits, the marks upon them (vowel signs, which \w leaves out), hyphens within; or U.S.A.
+MARKS = "".join(mark for mark in map(chr, range(0x300, 0xFE00)) if unicodedata.category(mark)[0] == "M")
 LETTER = rf"[\w{MARKS}\u200c\u200d]"
-WORD = rf"{LETTER}+(?:[-.]{LETTER}+)*"
+WORD = rf"(?:\w\.)+\w(?!\w)|\w{LETTER}*(?:-\w{LETTER}*)*"
 UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"  # Thai, ..., Chinese
 
 
@@ -297,9 +297,16 @@ def english_lowercase(text):
     return (False, foreign) if foreign else (text.islower(), capitals)
 
 
-sys.modules.setdefault("rtt", sys.modules[__name__])  # what `import rtt` finds where this file is a script
+def read_verifiers(path):
+    """Run a file whose functions register themselves: its `rtt` is this module, whatever this one's name."""
+    before = sys.modules.get("rtt")
+    sys.modules["rtt"] = sys.modules[__name__]
+    runpy.run_path(path)
+    sys.modules["rtt"] = before or sys.modules["rtt"]
+
+
 if (DATA / "ifeval.py").is_file():
-    runpy.run_path(DATA / "ifeval.py")  # its functions register themselves
+    read_verifiers(DATA / "ifeval.py")
 
 
 def answer_start(response):
@@ -400,7 +407,7 @@ def load_tasks(path_or_hub_id, split="train"):
                 unread |= row.keys() - {"prompt", "instruction_id_list", "kwargs", "rubrics"}
                 json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
                 tasks.append(make_task(row))
-            except (BadInput, ValueError, TypeError, AttributeError) as error:
+            except Exception as error:  # of JSON, of a field's type, or of a verifier that refuses arguments
                 raise BadInput(f"{path}:{number}: not a row of this schema: {error}") from None
     if not tasks:
         raise BadInput(f"{path}: holds no prompt; at least one line is needed")
@@ -679,7 +686,7 @@ def context_length(model):
 
 @torch.no_grad()
 def judge_yes(judge, questions, batch=64):
-    """How sure a judge is of "yes": P(yes) / (P(yes) + P(no)) of its next token (RTT; no generation).
+    """How sure a judge is of "yes": P(yes) / (P(yes) + P(no)) of the tokens that begin them (RTT).
 
     judge: a Policy. questions: M texts -> [M]. A question too long for the judge loses its beginning.
     """
@@ -727,6 +734,8 @@ def grade(tokenizer, rollout, tasks, judge=None):
                 verdicts[i, k] = 1 if verdict.satisfied else -1
                 marks = evidence_to_tokens(verdict.evidence, tokens) + [0.0] * T
                 evidence[i, k] = torch.tensor(marks[:T])  # T: a truncated response lacks the end token
+    if questions and judge is None:
+        raise BadInput(f"a rule left its verdict to a judge, and there is none: see {MAY_NEED_JUDGE}")
     if questions:
         for (i, k), sure in zip(questions, judge_yes(judge, list(questions.values()))):
             found[i][k] = Verdict(bool(sure > 0.5), None)
@@ -873,7 +882,8 @@ def token_relevance(discriminator, tasks, rollout, verdicts, evidence, config):
         wanted = (grouped * differs).view_as(wanted)
     relevance = discriminator.predict(tasks, wanted, rollout.ids, mask)
     scored = (wanted != 0)[..., None] & (mask[:, None] > 0) & known  # [N, K, T]
-    f1 = token_f1(relevance[scored], labels[scored])  # before it learns from these responses
+    # before it learns from these responses
+    f1 = token_f1(relevance[scored], labels[scored]) if scored.any() else None
     discriminator.fit(tasks, verdicts, rollout.ids, mask, evidence)
     return relevance, f1
 
@@ -933,8 +943,8 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     signs = verdicts.float()  # [G, K]
     exists = (signs != 0).float()  # [G, K]
     valid = mask[:, None].float() * exists[..., None]  # [G, K, T]
-    if relevance.shape != valid.shape:
-        raise ValueError(f"relevance must be [G, K, T] = {list(valid.shape)}, not {list(relevance.shape)}")
+    if relevance.shape != valid.shape or verdicts.dtype == torch.bool:
+        raise ValueError(f"verdicts must be +1, -1, 0, relevance [G, K, T] = {list(valid.shape)}")
     relevance = relevance.float().masked_fill(valid == 0, 0.0)  # [G, K, T]
     token_reward = signs[..., None] * relevance  # [G, K, T]
     rubrics = exists.sum(1).clamp(min=1)[:, None]  # [G, 1]
@@ -1314,9 +1324,8 @@ def warm_up(models, tasks, config):
             models.discriminator.fit(drawn, verdicts, rollout.ids, rollout.mask, evidence)
 
 
-def train(models, train_tasks, eval_tasks, out, config):
-    """Warm-up and all steps, or those after the checkpoint: a line of metrics each, at times a checkpoint."""
-    done = load_checkpoint(out, models)
+def train(models, train_tasks, eval_tasks, out, config, done=0):
+    """Warm-up, then the steps after `done`: a line of metrics.jsonl each, at times a checkpoint."""
     if models.discriminator and not done:
         warm_up(models, train_tasks, config)
     for step in tqdm(range(done + 1, config.steps + 1), "train", disable=None, leave=False):
@@ -1368,7 +1377,7 @@ def parse(argv=None):
     if config.clip and (len(config.clip) != 2 or min(config.clip) <= 0):
         raise BadInput("--clip: needs two numbers above 0, how far a ratio may go below and above 1")
     config.out = config.resume or config.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
-    if not config.resume and any(Path(config.out).glob("*")):
+    if not config.resume and (Path(config.out).is_file() or any(Path(config.out).glob("*"))):
         raise BadInput(f"--out {config.out}: is not empty; name a new folder, or go on with --resume")
     for name in ("model", "data", "judge", "verifiers"):
         value = getattr(config, name)
@@ -1390,7 +1399,7 @@ def load_data(config):
     With --eval-only there are none to train on, and all of a file is held out.
     """
     if config.verifiers:
-        runpy.run_path(config.verifiers)  # its functions register themselves
+        read_verifiers(config.verifiers)
     if Path(config.data).is_dir():
         train_tasks = [] if config.eval_only else load_tasks(config.data, "train")
         return train_tasks, load_tasks(config.data, "eval")
@@ -1428,6 +1437,7 @@ def load_policy(name, config, dtype):
         if getattr(settings, "quantization_config", None):
             raise ValueError("it is quantised; only weights in floating point can be trained")
         tokenizer = AutoTokenizer.from_pretrained(name)
+        template_end = turn_end(tokenizer)  # a template is a program: it may raise anything
         options = dict(config=settings, dtype=dtype, use_safetensors=True)  # no pickles, no remote code
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # a folder, and the hub, have many ways to fail
@@ -1441,7 +1451,7 @@ def load_policy(name, config, dtype):
         model.activation_checkpointing_enable()
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    ends = {*ends, tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+    ends = {*ends, tokenizer.eos_token_id, template_end} - {None}
     if not ends:
         raise BadInput(f"model {name}: neither its tokenizer nor its generation_config has an end token")
     # without fields of sampling: none is used here, and what does not fit together could not be saved
@@ -1490,9 +1500,14 @@ def run(config, train_tasks, eval_tasks):
     print(f"before: held-out {before['instruction']:.1%} / {before['rubric']:.1%} (instruction / rubric)")
     out.mkdir(parents=True, exist_ok=True)  # only now: a run that cannot begin leaves no folder
     with filelock.FileLock(out / ".lock", timeout=0):  # one run at a time
+        if not config.resume and (out / "config.json").exists():
+            raise BadInput(f"--out {out}: another run has begun there meanwhile")
+        done = load_checkpoint(out, models)
+        if done > config.steps:
+            raise BadInput(f"--steps {config.steps}: {done} are done already")
         (out / "config.json").write_text(json.dumps(vars(config) | dict(digest=digest), indent=2))
         if not config.eval_only:
-            train(models, train_tasks, eval_tasks, out, config)
+            train(models, train_tasks, eval_tasks, out, config, done)
             with written_whole(out / "policy") as folder:  # first what cost most
                 policy.model.save_pretrained(folder)
                 policy.tokenizer.save_pretrained(folder)

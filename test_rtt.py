@@ -157,7 +157,8 @@ length_constraints:number_sentences {"num_sentences": 2, "relation": "less than"
 length_constraints:number_words {"num_words": 3, "relation": "at least"}
 + one two_2 drei⟦⟧
 - ... one, -- two !⟦⟧
-- हिन्दी state-of-the-art⟦⟧
+- हिन्दी state-of-the-art 👨‍👩‍👧‍👦 ❤️⟦⟧
++ the.fox and⟦⟧
 length_constraints:number_paragraphs {"num_paragraphs": 2}
 + One\n⟦***⟧\nTwo
 - One\n\nTwo
@@ -716,7 +717,7 @@ def test_trap_1_trap_2_trap_6_partitions_against_loops_with_1_2_and_7_rubrics(pa
         garbage[:, :K] = relevance.masked_fill(mask[:, None] == 0, math.nan)
         assert_close(rtt.token_advantage(padded_verdicts, garbage, mask, partition), expected)
         assert_close(rtt.token_advantage(verdicts.double(), relevance, mask > 0, partition), expected)
-    with pytest.raises(ValueError, match="relevance must be"):  # [G, T] would be spread over the responses
+    with pytest.raises(ValueError, match="relevance \\[G, K, T\\]"):  # [G, T] would be spread over the responses
         rtt.token_advantage(verdicts, relevance[:, 0], mask, partition)
 
 
@@ -1171,6 +1172,21 @@ def test_rtt_py_alone_runs_with_its_five_verifiers_a_judge_and_a_file_of_ones_ow
     assert config["verifiers"] == str(tmp_path / "mine.py")  # found from anywhere
 
 
+def test_a_lifted_copy_under_any_name_has_all_verifiers(tmp_path):
+    package = tmp_path / "rtt"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").touch()  # a package that is called rtt, too
+    shutil.copy(HERE / "rtt.py", package / "copied.py")
+    shutil.copy(HERE / "data" / "ifeval.py", package / "data")
+    code = "import rtt.copied, rtt; print(len(rtt.copied.VERIFIERS), hasattr(rtt, 'VERIFIERS'))"
+    assert python("-c", code, cwd=tmp_path).stdout.split() == [str(len(rtt.VERIFIERS)), "False"]
+
+
+def test_a_verdict_left_to_a_judge_needs_one(tokenizer):
+    with pytest.raises(rtt.BadInput, match="there is none"):
+        grade(tokenizer, [[5]], [True], [rtt.make_task(dict(prompt="Go.", rubrics=["is kind"]))])
+
+
 def test_a_step_that_is_not_finite_is_not_made_and_is_said(capsys):
     model = qwen()
     before = weights_of(model)
@@ -1224,6 +1240,9 @@ def test_bad_resumes_are_one_line(finished, folder, data, capsys, tmp_path):
         assert "lock" in refused(capsys, "--resume", finished)
     (tmp_path / "config.json").write_text('{"lr": 1}')
     assert "not that of a run of this version" in refused(capsys, "--resume", tmp_path)
+    kept = (finished / "config.json").read_bytes()
+    assert "4 are done" in refused(capsys, "--resume", finished, "--steps", "3")
+    assert (finished / "config.json").read_bytes() == kept
     rows = read(data / "eval.jsonl")
     rtt.write_rows(data / "eval.jsonl", rows[:-1])
     assert "is not what it was" in refused(capsys, "--resume", finished)
@@ -1242,6 +1261,20 @@ def test_the_trained_policy_is_kept_whatever_its_folder_said_of_sampling_and_wha
         rtt.main(small_run(odd, data, tmp_path / "run"))
     assert not results
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy").num_parameters() > 1000
+
+
+def test_a_folder_in_which_another_run_began_meanwhile_is_left_alone(
+    folder, data, tmp_path, capsys, monkeypatch
+):
+    real = rtt.evaluate
+
+    def evaluate(*args):
+        (tmp_path / "config.json").write_text("another's")
+        return real(*args)
+
+    monkeypatch.setattr(rtt, "evaluate", evaluate)
+    assert "another run has begun" in refused(capsys, *small_run(folder, data, tmp_path))
+    assert (tmp_path / "config.json").read_text() == "another's"
 
 
 def test_a_run_that_is_broken_off_before_it_began_leaves_nothing(folder, data, tmp_path, monkeypatch):
