@@ -81,7 +81,8 @@ def compare_gradients(with_trl, prompts, processes):
             assert least <= (seen.value - expected).norm() / expected.norm() < most
 
 
-def test_trl_follows_the_gradient_of_a_step_of_rtt(with_trl):
+def test_trl_follows_the_gradient_of_a_step_of_rtt(with_trl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the runs' folders go there
     compare_gradients(with_trl, prompts=8, processes=1)
 
 
@@ -120,12 +121,14 @@ def in_two_processes():
         train()
         first, second = gather_object([weights_of(discriminator)])
         assert torch.equal(first, second)
+    trainer.accelerator.wait_for_everyone()  # none leaves while the other still talks to it
+    trainer.accelerator.end_training()
 
 
-def test_trl_in_two_processes_takes_the_same_step_and_has_one_discriminator(with_trl):
+def test_trl_in_two_processes_takes_the_same_step_and_has_one_discriminator(with_trl, tmp_path):
     start = "-m torch.distributed.run --standalone --nproc_per_node 2 --no-python".split()
-    code = f"import {__name__} as tests; tests.in_two_processes()"
-    ended = python(*start, sys.executable, "-c", code, cwd=DATA)
+    code = f"import sys; sys.path.insert(0, {str(DATA)!r}); from {__name__} import *; in_two_processes()"
+    ended = python(*start, sys.executable, "-c", code, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
 
 

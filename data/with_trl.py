@@ -18,8 +18,9 @@ mean of each process, and with a ratio of the whole response the token level van
 and all that was not compared with rtt.py, are refused. rtt.py's losses that need a group's rows together
 (grpo-fix, dfpo-min, dfpo-orth) are left out: TRL shuffles the rows before it splits them into micro-batches.
 
-Run so far: on CPUs, one process, and two by torchrun; LoRA, two steps. Never run: GPUs, vLLM, DeepSpeed,
-FSDP. TRL's checkpoints do not hold the discriminator, and TRL gives a model no positions: not for GPT-2.
+Run so far, on CPUs: one process, two by torchrun, two steps of LoRA. Never run: GPUs, vLLM, DeepSpeed, FSDP.
+TRL's checkpoints do not hold the discriminator: --resume_from_checkpoint warms up another. TRL tells a model
+no positions, which is wrong for those of GPT-2's kind, whose positions are absolute.
 `accelerate launch --num_processes 2 --cpu` silently starts one process; `torchrun --nproc_per_node 2` and
 `accelerate launch --multi_gpu` start as many as they are told.
 """
@@ -239,6 +240,7 @@ def main(argv=None):
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
