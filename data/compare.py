@@ -68,6 +68,7 @@ STUDIES = {  # the flags that its runs need, and its configurations; the first o
         "--rubrics 5 --lr 1e-4 --prompts 2 --group-size 4 --steps 300 --eval-every 50",
         ",".join(["alpha=0+reward=csr", "alpha=0", "partition=intra", "partition=intra+reward=csr", *EASY]),
     ),
+    "default": ("--seeds 3 --first-seed 10", "alpha=0,alpha=0.5,alpha=5,alpha=5+relevance=shuffled"),
     "exchange": ("--rubrics 5 --lr 1e-4 --prompts 4 --steps 100", grid("updates=4+alpha=0+loss", LOSSES)),
 }
 
