@@ -92,9 +92,10 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def folder(tokenizer, tmp_path_factory):
-    """A model folder: random weights, data/tiny's tokenizer, and dropout in its config."""
+    """A model folder: random weights, data/tiny's tokenizer, dropout in its config, many end tokens."""
     path = tmp_path_factory.mktemp("model")
-    model = qwen(len(tokenizer), attention_dropout=0.5, eos_token_id=tokenizer.eos_token_id)
+    ends = [tokenizer.eos_token_id, *range(1300, len(tokenizer))]  # so that responses differ in length
+    model = qwen(len(tokenizer), attention_dropout=0.5, eos_token_id=ends)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -311,6 +312,7 @@ def test_trap_13_rows_as_ifeval_ships_them_load_and_no_code_in_them_runs(tmp_pat
     source = (HERE / "rtt.py").read_text(encoding="utf-8")
     assert not re.search(r"(?<![.\w])(eval|exec)\(|trust_remote_code=True|import pickle", source)
     assert rtt.load_tasks(tmp_path / "train.jsonl") == tasks
+    assert rtt.load_data(rtt.Config(data=str(tmp_path / "train.jsonl"), eval_only=True)) == ([], tasks)
     of_hub = Mock(return_value=[row])
     monkeypatch.setattr("datasets.load_dataset", of_hub)
     assert rtt.load_tasks("google/IFEval") == tasks[:1]
@@ -464,11 +466,13 @@ def test_trap_17_without_a_chat_template_what_reads_like_a_special_token_stays_t
 def test_trap_15_a_turn_ends_where_the_chat_template_ends_it_though_eos_is_another(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="<|endoftext|>")
     tokenizer.save_pretrained(tmp_path)
-    qwen(len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path)
+    model = qwen(len(tokenizer), attention_dropout=0.5, eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(tmp_path)
     policy = rtt.load_policy(tmp_path, rtt.Config(device="cpu"), torch.float32)
+    assert policy.model.config.attention_dropout == 0  # trap 11
     assert policy.tokenizer.decode(policy.end_ids) == "<|endoftext|><|im_end|>"
     tokenizer.add_tokens(["<done>"])  # an added token, but not a special one
-    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}<done>\n{% endfor %}"
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }} :<done>\n{% endfor %}"
     assert tokenizer.decode(rtt.turn_end(tokenizer)) == "<done>"
 
 
@@ -717,10 +721,10 @@ def test_trap_1_trap_2_trap_6_partitions_against_loops_with_1_2_and_7_rubrics(pa
 
 
 def test_trap_3_equal_rewards_give_exactly_0_and_the_noise_of_a_relevance_that_sees_nothing_stays_small():
-    rewards = torch.tensor([[1.0, 0.0, 0.25, 1.0], [0.1] * 4, [1 / 3] * 4, [9.0, 1.0, 1.0, 1.0]])  # [P, G]
+    rewards = torch.tensor([[1.0, 0.0, 0.25] + [1.0] * 4, [0.1] * 7, [0.7] * 7, [9.0] + [1.0] * 6])  # [P, G]
     advantages = rtt.response_advantage(rewards)
-    assert_close(advantages, torch.stack([normalize(group, 1e-6) for group in rewards]))
-    assert not advantages[[1, 2]].any()
+    assert_close(advantages[[0, 3]], torch.stack([normalize(group, 1e-6) for group in rewards[[0, 3]]]))
+    assert not advantages[[1, 2]].any()  # 7 * 0.1 / 7 is not 0.1 in float32
     assert rtt.response_advantage(torch.tensor([0.7])) == 0  # a group of 1
     noise = 0.01 + 0.01 * torch.randn(4, 1, 40)
     found = (torch.arange(40) == 7).float().expand(4, 1, 40)  # one relevant token of 40
@@ -872,10 +876,14 @@ def test_trap_5_k3_is_the_kl_on_average_and_never_negative():
 
 
 def off_policy_rollout(model):
-    """Three groups of different lengths, their log-probs perturbed as if the policy had moved; advantages."""
+    """Three groups, one of them short, their log-probs perturbed as if the policy had moved; advantages."""
     rollout = roll(model, temperature=1.3)
-    rollout.logprobs += 0.2 * torch.randn(rollout.mask.shape) * rollout.mask
-    return rollout, torch.randn(12, 1) * rollout.mask
+    rollout.mask[8:, 7:] = 0
+    rollout.logprobs += 0.2 * torch.randn(rollout.mask.shape)
+    rollout.logprobs *= rollout.mask
+    advantages = torch.randn(12, 1) * rollout.mask
+    advantages[:4] = 0  # equal rewards
+    return rollout, advantages
 
 
 def updated(model, *given):
@@ -996,6 +1004,7 @@ def data(tmp_path_factory):
 
 SMALL = "--steps 2 --prompts 2 --group-size 4 --max-new-tokens 12 --warmup 1 --device cpu --lr 3e-4 "
 SMALL += "--discriminator-lr 1e-3 --micro-batch 4 --no-gradient-checkpointing "
+LONGER = "--steps 4 --eval-every 2 --reward csr --partition intra"  # in which all relevance counts
 KILLED = """
 import os, sys, rtt
 real = rtt.step_tasks
@@ -1048,7 +1057,8 @@ def test_a_step_is_the_opening_picture(relevance, partition, folder, data, tmp_p
     updates = spy(monkeypatch, "update")
     asked = spy(monkeypatch, "predict", rtt.RelevanceDiscriminator)
     learned = spy(monkeypatch, "fit", rtt.RelevanceDiscriminator)
-    flags = f"--steps 1 --reward csr --alpha 0.3 --relevance {relevance} --partition {partition}"
+    flags = f"--reward csr --alpha 0.3 --relevance {relevance} --partition {partition}"
+    flags += " --steps 1 --discriminator-lr 1e-9"  # which does not learn yet to say no everywhere
     rtt.main(small_run(folder, data, tmp_path / "run", flags))
     [row] = read(tmp_path / "run" / "metrics.jsonl")
     [((_, _, rollout, advantages, *_), _)] = updates
@@ -1064,28 +1074,35 @@ def test_a_step_is_the_opening_picture(relevance, partition, folder, data, tmp_p
         relevant = evidence[known] == 1
         predicted = credit[known] > 0.5
         both = float((relevant & predicted).sum())
+        assert both > 0
         assert row["f1"] == pytest.approx(2 * both / float(relevant.sum() + predicted.sum()))
         assert learned[-1][0][-1] is evidence
+        assert len(learned) == 4 + 1  # the warm-up's, and the step's
     shares = [given.count(1) / (given.count(1) + given.count(-1)) for given in verdicts.tolist()]
     rewards = torch.tensor(shares).view(2, 4)
     response = rtt.response_advantage(rewards).view(8, 1) * rollout.mask
     groups = zip(verdicts.split(4), credit.split(4), rollout.mask.split(4))
     token = 0.3 * torch.cat([rtt.token_advantage(*group, partition) for group in groups])
+    assert (rollout.mask == 0).any() and token.any()
     assert_close(advantages, response + token)
     assert row["token_share"] == pytest.approx(float(token.abs().sum() / response.abs().sum()))
     assert row["reward"] == pytest.approx(fmean(shares))
     assert row["instruction"] == fmean(share == 1 for share in shares)
+    assert row["rubric"] == pytest.approx(float((verdicts == 1).sum() / (verdicts != 0).sum()))
+    assert row["zero_variance"] == fmean(len(set(part)) == 1 for part in (shares[:4], shares[4:]))
     assert row["entropy"] == pytest.approx(float(rollout.entropy[rollout.mask > 0].mean()))
 
 
 @pytest.fixture(scope="session")
 def finished(folder, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
-    rtt.main(small_run(folder, data, out, "--steps 4 --eval-every 2"))
+    rtt.main(small_run(folder, data, out, LONGER))
     return out
 
 
-def test_a_run_writes_down_what_it_did_and_its_policy_is_an_ordinary_folder(finished, folder, data, tmp_path):
+def test_a_run_writes_down_what_it_did_and_its_policy_is_an_ordinary_folder(
+    finished, folder, data, tmp_path, monkeypatch
+):
     result = json.loads((finished / "result.json").read_text())
     rows = read(finished / "metrics.jsonl")
     records = read(finished / "responses.jsonl")
@@ -1099,13 +1116,15 @@ def test_a_run_writes_down_what_it_did_and_its_policy_is_an_ordinary_folder(fini
             shares["rubric"].append(rubric["satisfied"])
             shares.setdefault(rubric["id"], []).append(rubric["satisfied"])
     assert result["after"] == {name: fmean(values) for name, values in shares.items()}
+    loaded = spy(monkeypatch, "load_policy")
     rtt.main(small_run(finished / "policy", data, tmp_path, f"--eval-only --judge {folder}"))
+    assert [args[0] for args, _ in loaded] == [str(finished / "policy"), str(folder)]
     assert read(tmp_path / "responses.jsonl") == records
 
 
 def test_trap_14_no_warning_and_a_run_killed_and_resumed_to_the_bit(folder, data, finished, tmp_path):
     out = tmp_path / "run"
-    killed = python("-c", KILLED, *small_run(folder, data, out, "--steps 4 --eval-every 2"))
+    killed = python("-c", KILLED, *small_run(folder, data, out, LONGER))
     assert killed.returncode == -9
     with open(out / "metrics.jsonl", "ab") as file:
         file.write('{"step": 4, "cut off": "灯'.encode()[:-1])  # within a character
