@@ -1342,7 +1342,8 @@ def train(models, train_tasks, eval_tasks, out, config, done=0):
         if measured:  # only now: a terminal that fails must not cost what is to be written
             line = "step {step:>4}: reward {reward:.3f}, entropy {entropy:.2f}, residual {residual:.2f}; "
             line += "held-out {eval_instruction:.1%} / {eval_rubric:.1%}"
-            tqdm.write(line.format(**row))
+            shown = {name: math.nan if value is None else value for name, value in row.items()}
+            tqdm.write(line.format(**shown))
 
 
 # ==================================================================================================
@@ -1505,7 +1506,8 @@ def run(config, train_tasks, eval_tasks):
         done = load_checkpoint(out, models)
         if done > config.steps:
             raise BadInput(f"--steps {config.steps}: {done} are done already")
-        (out / "config.json").write_text(json.dumps(vars(config) | dict(digest=digest), indent=2))
+        with written_whole(out / "config.json") as path:  # without it there is no --resume
+            path.write_text(json.dumps(vars(config) | dict(digest=digest), indent=2))
         if not config.eval_only:
             train(models, train_tasks, eval_tasks, out, config, done)
             with written_whole(out / "policy") as folder:  # first what cost most

@@ -1208,6 +1208,16 @@ def test_a_step_that_is_not_finite_is_not_made_and_is_said(capsys):
     assert "skipped" in "".join(capsys.readouterr())
 
 
+def test_a_step_without_a_residual_is_null_in_the_metrics_and_the_run_goes_on(
+    folder, data, tmp_path, capsys, monkeypatch
+):
+    real = rtt.update
+    monkeypatch.setattr(rtt, "update", lambda *args: real(*args) | dict(residual=None))
+    rtt.main(small_run(folder, data, tmp_path / "run", "--steps 2 --eval-every 1"))
+    assert [row["residual"] for row in read(tmp_path / "run" / "metrics.jsonl")] == [None, None]
+    assert "residual nan" in "".join(capsys.readouterr())
+
+
 # ======== 9. The command line ====================================================================
 def test_the_embedded_settings_hold_only_without_another_model():
     assert rtt.parse(["--lr", "1e-5"]).max_new_tokens == rtt.EMBEDDED["max_new_tokens"]
@@ -1323,6 +1333,15 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_whole(folder, data, tmp_pat
     assert "policy: cannot be written" in said
     assert not list(out.glob("*.new"))
     assert (out / "policy" / "model.safetensors").stat().st_size > 1000  # the last one
+
+    def write_text(self, text):
+        self.write_bytes(b"{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(rtt.Path, "write_text", write_text)
+    kept = (out / "config.json").read_bytes()
+    assert "config.json: cannot be written" in refused(capsys, "--resume", out)
+    assert (out / "config.json").read_bytes() == kept
 
 
 def test_a_criterion_that_does_not_fit_is_refused_before_training(tokenizer, data, tmp_path, capsys):
