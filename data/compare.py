@@ -50,11 +50,20 @@ SPARSE = [
     "reward=aon+alpha=0+lr=2e-4",
     *sourced("reward=aon+partition=intra+alpha=0.5", "1e-4 1e-4 2e-4"),
     *sourced("reward=aon+partition=verdict+alpha=8", "1e-4 2e-4 2e-4"),
+    "reward=aon+partition=inter+alpha=0.5+lr=2e-4",
+    "reward=aon+partition=rubric+alpha=0.5+lr=1e-4",
     "reward=csr+alpha=0+lr=2e-4",
     *sourced("reward=csr+partition=intra+alpha=0.5", "2e-4 2e-4 2e-4"),
     *sourced("reward=csr+partition=verdict+alpha=8", "2e-4 2e-4 2e-4"),
 ]
+SPARSE_64 = ["reward=aon+alpha=0+lr=2e-4"]  # rates chosen as above
+for credit in ("intra+alpha=0.5", "verdict+alpha=8"):
+    for source in ("discriminator", "shuffled"):
+        SPARSE_64.append(f"reward=aon+partition={credit}+relevance={source}+lr=2e-4")
 EASY = [f"partition=verdict+alpha=5+reward=csr+relevance={source}" for source in SOURCES]
+DEFAULT = ["alpha=0"]
+for credit in ("alpha=0.5", "alpha=2", "alpha=5", "alpha=10", "partition=intra+alpha=0.5"):
+    DEFAULT += [credit, f"{credit}+relevance=shuffled"]
 LOSSES = (
     "grpo gspo gspo+clip=0.02~0.02 grpo-mask grpo-fix+clip=0.2~0.2 dfpo-min dfpo-orth "
     "grpo+clip=1~inf gspo+clip=1~inf grpo-fix+clip=1~inf dfpo-min+clip=1~inf dfpo-orth+clip=1~inf"
@@ -64,11 +73,15 @@ STUDIES = {  # the flags that its runs need, and its configurations; the first o
         f"--data {HARD} --prompts 4 --group-size 4 --steps 150 --eval-every 50 --first-seed 10",
         ",".join(SPARSE),
     ),
+    "sparse-64": (
+        f"--data {HARD} --prompts 8 --group-size 8 --steps 75 --eval-every 25 --first-seed 10",
+        ",".join(SPARSE_64),
+    ),
     "responses": (
         "--rubrics 5 --lr 1e-4 --prompts 2 --group-size 4 --steps 300 --eval-every 50",
         ",".join(["alpha=0+reward=csr", "alpha=0", "partition=intra", "partition=intra+reward=csr", *EASY]),
     ),
-    "default": ("--seeds 3 --first-seed 10", "alpha=0,alpha=0.5,alpha=5,alpha=5+relevance=shuffled"),
+    "default": ("--first-seed 20", ",".join(DEFAULT)),
     "exchange": ("--rubrics 5 --lr 1e-4 --prompts 4 --steps 100", grid("updates=4+alpha=0+loss", LOSSES)),
 }
 
