@@ -115,7 +115,7 @@ class Config:
 
     reward: str = setting("aon", "all rubrics or nothing; or the share of them satisfied", "aon csr")
     relevance: str = setting("discriminator", "see token_relevance", "discriminator evidence shuffled")
-    partition: str = setting("verdict", "see token_advantage; intra is RTT's", "intra inter rubric verdict")
+    partition: str = setting("intra", "see token_advantage; verdict is ours", "intra inter rubric verdict")
     alpha: float = setting(0.5, "weight of the token level; 0 is plain GRPO")
     discriminator_lr: float = setting(1e-5, "learning rate of the discriminator")
     warmup: int = setting(24, "rollouts (of a step each) that the discriminator learns from at first")
@@ -923,8 +923,8 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     """Token-level advantage [G, T] of one group: token rewards, normalised over a partition of them (RTT).
 
     verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T]. No gradient.
-    partition: see the branches; the default is RTT's, that of the command line is "verdict", whose shared
-    tokens cancel. Returns the mean over a response's rubrics (RTT's release can also sum: alpha * K here).
+    partition: see the branches; of "verdict" shared tokens cancel. Returns the mean over a response's rubrics
+    (RTT's release can also sum: alpha * K here).
     Raises ValueError for another partition or shape.
 
     One rubric, satisfied by two responses for their third token, violated by the last for its second. All

@@ -62,8 +62,8 @@ for credit in ("intra+alpha=0.5", "verdict+alpha=8"):
         SPARSE_64.append(f"reward=aon+partition={credit}+relevance={source}+lr=2e-4")
 EASY = [f"partition=verdict+alpha=5+reward=csr+relevance={source}" for source in SOURCES]
 DEFAULT = ["alpha=0"]
-for credit in ("alpha=0.5", "alpha=2", "alpha=5", "alpha=10", "partition=intra+alpha=0.5"):
-    DEFAULT += [credit, f"{credit}+relevance=shuffled"]
+for credit in ["intra+alpha=0.5", *(f"verdict+alpha={alpha}" for alpha in (0.5, 2, 5, 10))]:
+    DEFAULT += [f"partition={credit}", f"partition={credit}+relevance=shuffled"]
 LOSSES = (
     "grpo gspo gspo+clip=0.02~0.02 grpo-mask grpo-fix+clip=0.2~0.2 dfpo-min dfpo-orth "
     "grpo+clip=1~inf gspo+clip=1~inf grpo-fix+clip=1~inf dfpo-min+clip=1~inf dfpo-orth+clip=1~inf"
