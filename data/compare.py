@@ -6,9 +6,10 @@
     python data/compare.py --table data/results/sparse.jsonl [NAME,NAME] [--page curves.html]
 
 Commas separate configurations, plus signs the options of one, a tilde the numbers of an option (clip=1~inf);
-"base" changes nothing. STUDIES names such lists, with the flags that they need. All other flags are rtt.py's
-and hold for all runs. A run is a process with one thread: on the CPU as many at a time as cores, on another
---device one. The same command again keeps finished runs and resumes broken ones.
+"base" changes nothing. STUDIES names such lists, with the flags that they need. The list comes first; all
+flags but those below are rtt.py's and hold for all runs. A run is a process with one thread: on the CPU as
+many at a time as cores, on another --device one. The same command again keeps finished runs and resumes
+broken ones.
 """
 
 import argparse
@@ -301,9 +302,9 @@ def main(argv=None):
     parser.add_argument("--table", type=Path, metavar="FILE", help="print a results.jsonl, or lines of it")
     parser.add_argument("--page", type=Path, metavar="FILE", help="with --table: also draw its curves there")
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in STUDIES:  # what is given stands behind what the study needs, and holds
+        argv = [argv[0], *STUDIES[argv[0]][0].split(), *argv[1:]]
     args, flags = parser.parse_known_args(argv)
-    if args.study in STUDIES:  # what is given stands behind what the study needs, and holds
-        args, flags = parser.parse_known_args([*STUDIES[args.study][0].split(), *argv])
     if args.table:
         runs = read_lines(args.table)
         if args.study:

@@ -163,6 +163,25 @@ def test_differences_are_to_the_first_configuration_of_the_same_reward(tmp_path)
     assert gains == ["+0.0 ±", "+0.0 ±", "+30.0 ±", "+10.0 ±"]
 
 
+@pytest.mark.parametrize("study", compare.STUDIES)
+def test_every_line_of_a_study_is_a_command_line_of_rtt_py(study, tmp_path, monkeypatch):
+    started = {}
+
+    def run_all(jobs, at_once):
+        started.update(jobs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run_all", run_all)
+    with pytest.raises(SystemExit):
+        compare.main([study, "--out", str(tmp_path), "--steps", "7", "--seeds", "2"])
+    configs = [rtt.parse(list(map(str, flags))) for flags in started.values()]
+    names = compare.STUDIES[study][1].split(",")
+    assert [Path(config.out).name.partition("+seed=")[0] for config in configs] == 2 * names
+    assert {config.steps for config in configs} == {7}  # given beside the study's own
+    data = {"sparse": "stories-hard", "default": "stories"}.get(study.partition("-")[0], "data")
+    assert {Path(config.data).name for config in configs} == {data}
+
+
 def test_a_study_of_so_many_rubrics_gets_the_prompts_that_have_them(tmp_path):
     folder = compare.only(5, DATA / "stories", tmp_path)
     for split, count in (("train", 920), ("eval", 164)):
