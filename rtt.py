@@ -923,8 +923,8 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
     """Token-level advantage [G, T] of one group: token rewards, normalised over a partition of them (RTT).
 
     verdicts [G, K] in {+1, -1}, 0 for no rubric; relevance [G, K, T] in [0, 1]; mask [G, T]. No gradient.
-    partition: see the branches; of "verdict" shared tokens cancel. Returns the mean over a response's rubrics
-    (RTT's release can also sum: alpha * K here).
+    partition: see the branches; "verdict" is ours: shared tokens cancel where their relevance is the same.
+    Returns the mean over a response's rubrics (RTT's release can also sum: alpha * K here).
     Raises ValueError for another partition or shape.
 
     One rubric, satisfied by two responses for their third token, violated by the last for its second. All
@@ -964,7 +964,7 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
 # ==================================================================================================
 # 6. Exchangeability: transformations of the weights, and the learning tax  (TGC)
 #
-# In: per-response weights and advantages of a group.  Out: weights under which shared tokens cancel.
+# In: a group's weights and response-level advantages.  Out: weights under which shared tokens cancel.
 # Any group objective has the gradient sum_i sum_t c[i, t] * grad log pi(y[i, t]), where pi is the policy,
 # y[i, t] token t of response i, and c = advantage * weight the effective coefficient.  A token that all
 # responses share in the same context has the same gradient in all of them: it moves by sum_i c[i, t].
@@ -977,8 +977,9 @@ def token_advantage(verdicts, relevance, mask, partition="intra", eps=0.1):
 # by the signs of their advantages ("grpo"); one ratio for a whole response, and the division by its length
 # |y|, even on policy ("gspo").  A token's own ratio is harmless: the same token after the same text has one.
 #
-# Token-level advantages must sum to 0 by themselves.  Those of "verdict" do (section 5), where a shared token
-# has the same relevance in all responses; a learned relevance comes near to that.
+# Token-level advantages must sum to 0 by themselves; no weight does that for them.  Those of "verdict" do
+# (section 5), where a shared token has the same relevance in all responses, which a learned relevance only
+# comes near to.  Those of "intra" do not: on policy they are the whole residual in the log.
 
 
 def min_replace(w):
@@ -1029,9 +1030,9 @@ def cancellation_residual(coef, ids, mask):
 # The loss's value means nothing: the weight is the slope of an objective such as PPO's, not the objective.
 #
 # Once the policy has moved from the one that sampled (off policy: --updates above 1), a weight has two
-# duties: shared tokens must cancel (TGC), and a token that has been pushed far enough must be let go (PPO's
-# clip).  "grpo" sees to the second, TGC's losses to the first; with the group clip, which is ours, they see
-# to both, and so does "grpo-mask".
+# duties: at the response level shared tokens must cancel (TGC), and a token that has been pushed far enough
+# must be let go (PPO's clip).  "grpo" sees to the second, TGC's losses to the first; with the group clip,
+# which is ours, they see to both, and so does "grpo-mask".
 
 CLIP = {  # how far below and above 1 a ratio may go; a response's ratio moves far less than a token's
     "grpo": (0.2, 0.2),
@@ -1084,7 +1085,7 @@ def policy_weights(logprobs, old_logprobs, advantages, mask, group_size, loss="g
         mean_advantage = advantages.masked_fill(~real, 0.0).sum(1, keepdim=True) / length  # [N, 1]
         weight = adv_orthogonal(group_ratio, mean_advantage.view(-1, group_size)).reshape(-1, 1)  # [N, 1]
     if loss in ("grpo-fix", "dfpo-min", "dfpo-orth"):
-        # group clip (ours): one ratio outside lets all of the group go, so shared tokens still cancel
+        # group clip (ours): one ratio outside lets all of the group go, so what cancels still does
         outside = (far_up | far_down).view(-1, group_size * mask.shape[1]).any(1)  # [P]
         weight = weight * ~outside.repeat_interleave(group_size)[:, None]
     return weight * real

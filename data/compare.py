@@ -46,7 +46,7 @@ def sourced(name, rates):
 
 
 HARD = DATA / "stories-hard"  # prompts of 7 and 8 rubrics
-# each at the best of three rates on seed 100, by the mean of the rubrics met after 50, 100 and 150 steps
+# each at its best rate on seed 100, by the mean of the rubrics met after 50, 100 and 150 steps
 SPARSE = [
     "reward=aon+alpha=0+lr=2e-4",
     *sourced("reward=aon+partition=intra+alpha=0.5", "1e-4 1e-4 2e-4"),
@@ -57,7 +57,7 @@ SPARSE = [
     *sourced("reward=csr+partition=intra+alpha=0.5", "2e-4 2e-4 2e-4"),
     *sourced("reward=csr+partition=verdict+alpha=8", "2e-4 2e-4 2e-4"),
 ]
-SPARSE_64 = ["reward=aon+alpha=0+lr=2e-4"]  # rates chosen as above
+SPARSE_64 = ["reward=aon+alpha=0+lr=2e-4"]  # rates chosen in the same way, after 25, 50 and 75 steps
 for credit in ("intra+alpha=0.5", "verdict+alpha=8"):
     for source in ("discriminator", "shuffled"):
         SPARSE_64.append(f"reward=aon+partition={credit}+relevance={source}+lr=2e-4")

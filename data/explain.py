@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """One step of rtt.py in numbers, in the order of its sections: the tutorial with real tensors.
 
-    python data/explain.py RUN                              the step after the checkpoint in a run's folder
-    python data/explain.py --partition intra --reward csr   a first step of the embedded model
+    python data/explain.py RUN                                the step after the checkpoint in a run's folder
+    python data/explain.py --partition verdict --reward csr   a first step of the embedded model
 
 It prints the step's first group, and writes credit.html, to look at in a browser: the first group and the
 last, before the step's update and after it, under every partition and loss; and the run's curves.
@@ -157,7 +157,7 @@ def explain(config, group):
     weights = dict(ratio=ratio, min_replace=rtt.min_replace(ratio))
     weights["adv_orthogonal"] = rtt.adv_orthogonal(ratio, A)
     for name, weight in weights.items():
-        print(f"   {name:<14} sum of A * weight, 0 if shared tokens cancel: {float((A * weight).sum()):+.5f}")
+        print(f"   {name:<14} sum of A * weight, the response level left over: {float((A * weight).sum()):+.5f}")
     print(f"\n7. Coefficients c = advantage * weight [G, T] of a next update, {config.loss}; the first's")
     print(torch.tensor(part["coef"][config.loss][0][:n]))
     print("   What of them does not cancel over the group (the residual, 0 to 1), loss by loss")

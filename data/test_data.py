@@ -38,7 +38,8 @@ def test_the_page_shows_the_next_step_of_a_run_and_changes_nothing_else(folder, 
         row = row | dict(prompt=row["prompt"] + nasty, rubrics=["is kind"])
         rtt.write_rows(tmp_path / "a.jsonl", [row], "a")
     out = tmp_path / "run"
-    rtt.main(small_run(folder, tmp_path / "a.jsonl", out, "--lr 1e-3 --gradient-checkpointing"))
+    flags = "--lr 1e-3 --gradient-checkpointing --partition verdict"
+    rtt.main(small_run(folder, tmp_path / "a.jsonl", out, flags))
     metrics = read(out / "metrics.jsonl")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 3}\n{"st')  # as a run leaves it that was killed after its checkpoint
@@ -65,7 +66,7 @@ def test_the_page_shows_the_next_step_of_a_run_and_changes_nothing_else(folder, 
 
 
 def test_the_numbers_of_the_page_are_those_of_the_functions(data, tokenizer, tmp_path, monkeypatch):
-    flags = "--steps 1 --max-new-tokens 40 --reward csr --clip 0.1 0.3"
+    flags = "--steps 1 --max-new-tokens 40 --reward csr --clip 0.1 0.3 --partition verdict"
     rtt.main(small_run(rtt.DATA / "tiny", data, tmp_path, flags))
     scored = spy(monkeypatch, "token_relevance")
     explain.main([str(tmp_path)])
@@ -103,7 +104,7 @@ def test_explain_prints_the_tensors_of_each_section(data, tmp_path, capsys):
     explain.main(["--data", str(data), "--out", str(tmp_path)])
     said = capsys.readouterr().out
     assert re.findall(r"^(\d)\. ", said, re.MULTILINE) == list("1234567")
-    ratio, least, orthogonal = [float(value) for value in re.findall("cancel: ([-+.0-9]+)", said)]
+    ratio, least, orthogonal = [float(value) for value in re.findall("left over: ([-+.0-9]+)", said)]
     assert abs(ratio) > 1e-3 and abs(least) < 1e-4 and abs(orthogonal) < 1e-4
     assert page_data(tmp_path / "credit.html")["setting"]["relevance"] == "evidence"
     with pytest.raises(rtt.BadInput, match="no checkpoint"):
